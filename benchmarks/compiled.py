@@ -1,0 +1,193 @@
+"""What the Triton kernels compile to, with no device: registers, spills, width of global accesses, barriers.
+
+    python -m benchmarks.compiled --windows 2 5 10 16 --targets cuda:80 cuda:90 cuda:100 hip:gfx942
+
+Counts are of instructions in the compiled code of one program (a block of one sample), from the PTX and the
+assembler's resource report for CUDA and from the AMD assembly for HIP. Nothing runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import triton_backend
+
+WINDOWS = (2, 5, 10, 16)
+TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+KERNELS = ("push", "mix")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel compiled for one target."""
+
+    kernel: str
+    window: int
+    dtype: str
+    target: str
+    warps: int
+    registers: int
+    spilled_bytes: int
+    elements_per_thread: int
+    wide_loads: int
+    """Global loads of 16 bytes a thread."""
+    narrow_vector_loads: int
+    """Global loads of less than 16 bytes a thread under a vector's mask: elements of the state, not scalars."""
+    wide_stores: int
+    barriers: int
+    wide_offsets: int
+    """Pointer additions into the state whose offsets are 64-bit."""
+    narrow_offsets: int
+    """... and those whose offsets are not."""
+
+
+def compile_kernel(
+    kernel: str, window: int, target: str, dtype: torch.dtype = torch.float32, dim: int = 49_152
+) -> Compiled:
+    """Compiles ``push`` or ``mix`` for ``cuda:CAPABILITY`` or ``hip:ARCH`` as the launcher would for this dim."""
+    state, accumulator = _TYPE_NAMES[dtype], "fp64" if dtype == torch.float64 else "fp32"
+    platform, arch = target.split(":")
+    warp_size = 32 if platform == "cuda" else 64
+    block, _, warps = triton_backend.launch_shape(dim, window, warp_size)
+    constants: dict[str, Any] = {
+        "WINDOW": window,
+        "ACCUMULATOR": tl.float64 if dtype == torch.float64 else tl.float32,
+        "BLOCK": block,
+    }
+    if kernel == "push":
+        function = triton_backend._push
+        constants |= {"UNDAMPED": True}
+    else:
+        function = triton_backend._mix
+        constants |= {
+            "ROWS": triton.next_power_of_2(window),
+            "SCALED": True,
+            "IN_PLACE": True,
+            "TINY": torch.finfo(torch.float32).tiny,
+            "FINISH_BLOCKS": triton_backend._FINISH_BLOCKS,
+        }
+    of_state = {"x_ptr", "f_ptr", "out_ptr", "G_ptr", "Y_ptr"}
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for position, parameter in enumerate(function.params):
+        name = parameter.name
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            kind = {"frozen_ptr": "u8", "iterations_ptr": "i32"}.get(name, accumulator)
+            signature[name] = "*" + (state if name in of_state else kind)
+        else:
+            signature[name] = "fp64" if name in ("beta", "tol", "ridge") else "i32"
+        # What the launcher finds at run time: allocations are aligned, and the dim is a multiple of 16.
+        if name.endswith("_ptr") or (name == "dim" and dim % 16 == 0):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    names = [parameter.name for parameter in function.params]
+    source = ASTSource(
+        function, signature, constexprs={(names.index(k),): v for k, v in constants.items()}, attrs=attributes
+    )
+    gpu = GPUTarget(platform, int(arch) if platform == "cuda" else arch, warp_size)
+    compiled = triton.compile(source, target=gpu, options={"num_warps": warps})
+
+    pointers = rf"tt\.addptr .* : tensor<{block}x!tt\.ptr<\w+>>, tensor<{block}x(i\d+)>"
+    offsets = re.findall(pointers, compiled.asm["ttir"])
+    common: dict[str, Any] = {
+        "kernel": kernel,
+        "window": window,
+        "dtype": state,
+        "target": target,
+        "warps": warps,
+        "elements_per_thread": block // (warps * warp_size),
+        "wide_offsets": offsets.count("i64"),
+        "narrow_offsets": len(offsets) - offsets.count("i64"),
+    }
+    counts = _read_ptx(compiled.asm["ptx"]) if platform == "cuda" else _read_amdgcn(compiled.asm["amdgcn"])
+    return Compiled(**common, **counts)
+
+
+_TYPE_NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def _read_ptx(ptx: str) -> dict[str, Any]:
+    match = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    if match is None:
+        raise RuntimeError("the compiler returned PTX without a target")
+    # The two assemblers that come with Triton: newer architectures have one of their own.
+    nvidia = triton.knobs.nvidia
+    assembler = nvidia.ptxas_blackwell if match[1].startswith("sm_1") else nvidia.ptxas
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [assembler.path, "-v", f"--gpu-name={match[1]}", str(path), "-o", str(path.with_suffix(".cubin"))]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    loads = re.findall(r"ld\.global\S*", ptx)
+    wide = [load for load in loads if re.search(r"v4\.[bfu]32|v2\.[bfu]64|v8\.[bfu]16", load)]
+    vector = [load for load in loads if re.search(r"\.v\d", load)]
+    stores = re.findall(r"st\.global\S*", ptx)
+    return {
+        "registers": int(re.findall(r"Used (\d+) registers", report)[0]),
+        "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
+        "wide_loads": len(wide),
+        "narrow_vector_loads": len(vector) - len(wide),
+        "wide_stores": sum(1 for store in stores if re.search(r"v4\.[bfu]32|v2\.[bfu]64", store)),
+        "barriers": len(re.findall(r"bar\.sync", ptx)),
+    }
+
+
+def _read_amdgcn(assembly: str) -> dict[str, Any]:
+    def entry(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[0])
+
+    loads = re.findall(r"(?:global|buffer)_load_(?:dwordx(\d)|\w+)", assembly)
+    stores = re.findall(r"(?:global|buffer)_store_(?:dwordx(\d)|\w+)", assembly)
+    return {
+        "registers": entry("vgpr_count"),
+        # The report counts registers spilled; each is 4 bytes a lane.
+        "spilled_bytes": 4 * (entry("vgpr_spill_count") + entry("sgpr_spill_count")),
+        "wide_loads": loads.count("4"),
+        "narrow_vector_loads": loads.count("2") + loads.count("3"),
+        "wide_stores": stores.count("4"),
+        "barriers": len(re.findall(r"s_barrier", assembly)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--windows", type=int, nargs="+", default=WINDOWS)
+    parser.add_argument("--targets", nargs="+", default=TARGETS)
+    parser.add_argument("--dtype", choices=sorted(_TYPE_NAMES.values()), default="fp32")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON instead of a table")
+    options = parser.parse_args()
+    dtype = next(dtype for dtype, name in _TYPE_NAMES.items() if name == options.dtype)
+    rows = [
+        compile_kernel(kernel, window, target, dtype)
+        for target in options.targets
+        for window in options.windows
+        for kernel in KERNELS
+    ]
+    if options.json:
+        print(json.dumps([asdict(row) for row in rows]))
+        return
+    print(f"Triton {triton.__version__}, {options.dtype} state, d a multiple of 16; instructions of one program")
+    head = ("target", "window", "kernel", "warps", "registers", "spilled B", "16 B loads", "narrower", "16 B stores")
+    print("  ".join(f"{name:>10}" for name in (*head, "barriers")))
+    for row in rows:
+        resources = (row.warps, row.registers, row.spilled_bytes)
+        accesses = (row.wide_loads, row.narrow_vector_loads, row.wide_stores, row.barriers)
+        print("  ".join(f"{cell!s:>10}" for cell in (row.target, row.window, row.kernel, *resources, *accesses)))
+
+
+if __name__ == "__main__":
+    main()

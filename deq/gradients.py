@@ -1,0 +1,134 @@
+"""Gradients through a fixed point z* = f(z*): what ``backward`` does at the output of a DEQ layer.
+
+Both are attached to one evaluation of f at z*, the only one that autograd records. Its output f(z*) is not what the
+layer returns: the layer returns z* itself, so that training and inference see the same numbers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from deq.solvers.base import FixedPointMap, Solution, Solver
+from kernels.state import accumulator_dtype
+
+Record = Callable[[Solution], None]
+
+
+class Gradient(ABC):
+    """How the gradient with respect to z* reaches the parameters and the input of f."""
+
+    @abstractmethod
+    def attach(self, f: FixedPointMap, z_star: Tensor, solver: Solver, record: Record) -> Tensor:
+        """Returns z*, (B, ...), with a gradient.
+
+        Args:
+            f: the map, differentiable in whatever it closes over.
+            z_star: (B, ...) the fixed point, detached.
+            solver: the layer's own solver, for gradients that need one and were given none.
+            record: called with the account of the backward solve, if there is one, during ``backward``.
+        """
+
+
+@dataclass(frozen=True)
+class Implicit(Gradient):
+    """The implicit function theorem: with J = df/dz at z*, the adjoint u solves ``u = J^T u + dL/dz*``.
+
+    That is a fixed point too, solved by any solver with its own tolerance and cap. Cost: one recorded evaluation of
+    f, then one vector-Jacobian product an iteration; memory does not depend on the number of iterations. Each
+    sample's right side is scaled by a power of two to norm about 1 for the solve, which the linear equation does not
+    notice and which keeps gradients of any magnitude clear of underflow.
+
+    Args:
+        solver: of the adjoint equation; default: the layer's own.
+
+    Source: Bai, Kolter & Koltun 2019, theorem 1.
+
+    Example:
+        >>> from deq.solvers import Anderson
+        >>> Implicit(solver=Anderson(window=5, tol=1e-2, max_iter=30)).solver.tol
+        0.01
+    """
+
+    solver: Solver | None = None
+
+    def attach(self, f: FixedPointMap, z_star: Tensor, solver: Solver, record: Record) -> Tensor:
+        z = z_star.detach().requires_grad_()
+        with torch.enable_grad():
+            f_star = f(z)
+        result: Tensor = _Adjoint.apply(f_star, z, z_star, self.solver or solver, record)
+        return result
+
+
+@dataclass(frozen=True)
+class JacobianFree(Gradient):
+    """The gradient through one application of f at z*, as if J were 0: u = dL/dz*. No backward solve.
+
+    Source: Fung et al. 2021, *JFB: Jacobian-free backpropagation for implicit networks*.
+
+    Example:
+        >>> JacobianFree()
+        JacobianFree()
+    """
+
+    def attach(self, f: FixedPointMap, z_star: Tensor, solver: Solver, record: Record) -> Tensor:
+        with torch.enable_grad():
+            f_star = f(z_star.detach())
+        result: Tensor = _PassThrough.apply(f_star, z_star)
+        return result
+
+
+class _PassThrough(torch.autograd.Function):
+    """The value of z*, the gradient of f(z*)."""
+
+    @staticmethod
+    def forward(ctx: Any, f_star: Tensor, z_star: Tensor) -> Tensor:
+        return z_star.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _Adjoint(torch.autograd.Function):
+    """The value of z*; on the way back, solves for u and hands it to f(z*)."""
+
+    @staticmethod
+    def forward(ctx: Any, f_star: Tensor, z: Tensor, z_star: Tensor, solver: Solver, record: Record) -> Tensor:
+        ctx.save_for_backward(f_star, z)
+        ctx.solver, ctx.record = solver, record
+        return z_star.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        f_star, z = ctx.saved_tensors
+        scale = _power_of_two_norm(grads[0])
+        right_side = grads[0] / scale
+
+        def adjoint_map(u: Tensor) -> Tensor:
+            # Only z is asked for, so that no weight gradient is computed here. A cell that does not use z has J = 0.
+            product: Tensor
+            (product,) = torch.autograd.grad(f_star, z, u, retain_graph=True, materialize_grads=True)
+            return product + right_side
+
+        solution = ctx.solver.solve(adjoint_map, right_side)
+        u = solution.z * scale
+        ctx.record(replace(solution, z=u))
+        return u, None, None, None, None
+
+
+def _power_of_two_norm(v: Tensor) -> Tensor:
+    """The power of two next above each sample's norm, (B, 1, ...): dividing by it is exact. 1 for a zero sample."""
+    largest = v.flatten(1).abs().amax(dim=1).to(accumulator_dtype(v.dtype))
+    # The largest element first: the squares of small gradients would underflow.
+    unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+    norm = torch.linalg.vector_norm(v.flatten(1) / unit[:, None], dim=1, dtype=unit.dtype)
+    scale: Tensor = torch.ldexp(unit, torch.frexp(norm).exponent)
+    return scale.to(v.dtype).view(-1, *(1,) * (v.ndim - 1))

@@ -1,0 +1,85 @@
+"""``DEQ``: a layer whose output is a fixed point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from deq.gradients import Gradient, Implicit
+from deq.solvers import Anderson, Solution, Solver
+
+
+class DEQ(nn.Module):
+    """The deep equilibrium layer: z* with ``z* = cell(z*, x)``.
+
+    Args:
+        cell: (z, x) -> z; z is (B, ...), x whatever the cell takes, a (B, ...) tensor if ``z0`` is not given.
+        solver: finds z*; default ``Anderson()``.
+        gradient: how gradients pass; default ``Implicit()``, its adjoint solved by ``solver``.
+
+    Attributes:
+        last_solution: account of the last forward solve, None before the first.
+        last_adjoint: account of the backward solve that belongs to it, None until ``backward`` has run (and always
+            for gradients without one).
+
+    Under autocast the state is kept in float32 and what the cell returns is cast to it.
+
+    Source: Bai, Kolter & Koltun 2019, *Deep equilibrium models*.
+
+    Example:
+        >>> import torch
+        >>> from deq.gradients import Implicit
+        >>> from deq.solvers import Anderson
+        >>> weight = torch.nn.Linear(8, 8)
+        >>> layer = DEQ(
+        ...     lambda z, x: torch.tanh(0.5 * weight(z) + x),
+        ...     solver=Anderson(window=5, tol=1e-4),
+        ...     gradient=Implicit(solver=Anderson(window=5, tol=1e-4)),
+        ... )
+        >>> layer(torch.randn(2, 8)).sum().backward()
+        >>> layer.last_solution.converged, layer.last_adjoint.converged, weight.weight.grad.shape
+        (tensor([True, True]), tensor([True, True]), torch.Size([8, 8]))
+    """
+
+    def __init__(
+        self,
+        cell: Callable[[Tensor, Tensor], Tensor],
+        solver: Solver | None = None,
+        gradient: Gradient | None = None,
+    ) -> None:
+        super().__init__()
+        self.cell = cell
+        self.solver = solver if solver is not None else Anderson()
+        self.gradient = gradient if gradient is not None else Implicit()
+        self.last_solution: Solution | None = None
+        self.last_adjoint: Solution | None = None
+
+    def forward(self, x: Tensor, z0: Tensor | None = None) -> Tensor:
+        """The fixed point, (B, ...), started from ``z0`` (zeros in the shape of x unless given).
+
+        Raises:
+            ValueError: if the cell returns another shape, dtype or device than the state's.
+        """
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if z0 is None:
+            z0 = torch.zeros_like(x)
+        if autocast and z0.dtype in (torch.float16, torch.bfloat16):
+            z0 = z0.float()
+
+        def f(z: Tensor) -> Tensor:
+            fz = self.cell(z, x)
+            return fz.to(z.dtype) if autocast else fz
+
+        solution = self.solver.solve(f, z0)
+        self.last_solution, self.last_adjoint = solution, None
+        if not torch.is_grad_enabled():
+            return solution.z
+        return self.gradient.attach(f, solution.z, self.solver, self._record_adjoint)
+
+    def _record_adjoint(self, adjoint: Solution) -> None:
+        self.last_adjoint = adjoint
+
+    def extra_repr(self) -> str:
+        return f"solver={self.solver}, gradient={self.gradient}"

@@ -1,0 +1,7 @@
+"""Solvers of fixed-point equations z = f(z), one file each, one small interface."""
+
+from .anderson import Anderson
+from .base import Solution, Solver
+from .forward import Forward
+
+__all__ = ["Anderson", "Forward", "Solution", "Solver"]

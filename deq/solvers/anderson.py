@@ -1,0 +1,76 @@
+"""Anderson acceleration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kernels import AndersonWindow, BackendName, Regularization
+from kernels.window import validate_window
+
+from .base import Solver
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anderson(Solver):
+    """Anderson acceleration with a window of m iterates; see :class:`kernels.AndersonWindow` for the formula.
+
+    Each iteration costs one evaluation of f and one update of 2m + 4 passes over the state.
+
+    Args:
+        window: m, at least 1 (1 is the damped forward iteration).
+        beta: mixing parameter in (0, 1]; 1 mixes the values f_i, smaller values pull towards the iterates x_i.
+        tol, max_iter, stop: see :class:`~deq.solvers.base.Solver`.
+        regularization: ``scaled`` (unaffected by the scale of f) or ``absolute`` (what TorchDEQ and jaxopt do).
+        ridge: strength of the regularisation; default 1e-6 for ``scaled``, 1e-4 for ``absolute``.
+        backend: ``auto``, ``triton`` or ``torch``.
+
+    Raises:
+        ValueError: for an option outside its limits.
+
+    Source: Anderson 1965; Walker & Ni 2011.
+
+    Example:
+        >>> import torch
+        >>> solution = Anderson(window=3, tol=1e-6).solve(torch.cos, torch.zeros(2, 4))
+        >>> solution.z[0, 0], solution.evaluations < 10, solution.converged
+        (tensor(0.7391), True, tensor([True, True]))
+    """
+
+    window: int = 5
+    beta: float = 1.0
+    regularization: Regularization = "scaled"
+    ridge: float | None = None
+    backend: BackendName = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validate_window(
+            window=self.window,
+            beta=self.beta,
+            regularization=self.regularization,
+            ridge=self.ridge,
+            backend=self.backend,
+        )
+
+    def start(self, x: Tensor) -> _AndersonIteration:
+        return _AndersonIteration(
+            x.shape[0],
+            x.shape[1],
+            self.window,
+            self.beta,
+            device=x.device,
+            dtype=x.dtype,
+            backend=self.backend,
+            regularization=self.regularization,
+            ridge=self.ridge,
+            tol=self._freeze_tol,
+        )
+
+
+class _AndersonIteration(AndersonWindow):
+    """An AndersonWindow that updates the iterate in place, so that frozen samples are never touched."""
+
+    def step(self, x: Tensor, fx: Tensor, *, out: Tensor | None = None) -> Tensor:
+        return super().step(x, fx, out=x if out is None else out)

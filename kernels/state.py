@@ -1,0 +1,66 @@
+"""The tensors that one window keeps between iterations, and the operations that every backend offers on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over d are taken: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class WindowState:
+    """Ring buffers over the last m iterations of B samples, each of d elements.
+
+    Row i of ``G``, ``Y``, ``H`` and ``row_residual`` belongs to the same iteration. A row takes part in the
+    least-squares problem if and only if its ``row_residual`` is finite.
+    """
+
+    G: Tensor
+    """(B, m, d) residuals g_i = f_i - x_i, in the dtype of the state."""
+    Y: Tensor
+    """(B, m, d) mixed rows y_i = x_i + beta g_i, in the dtype of the state."""
+    H: Tensor
+    """(B, m, m) Gram matrix of G, float32 (float64 for float64 states); row and column i hold for filled rows."""
+    row_residual: Tensor
+    """(B, m) relative residual of each row; inf where the row is empty or not finite."""
+    weights: Tensor
+    """(B, m) the last alpha, in ring order."""
+    residual: Tensor
+    """(B,) relative residual of the last x given; frozen samples keep theirs."""
+    frozen: Tensor
+    """(B,) bool: converged to ``tol``, or given up because f is not finite there."""
+    iterations: Tensor
+    """(B,) int32: steps that each sample took before it froze, the last one included."""
+    beta: float
+    tol: float
+    """Freeze a sample at residual <= tol; a negative tol never freezes a finite one."""
+    ridge: float
+    scaled: bool
+    """Scale H to unit diagonal before the ridge is added (scale-invariant regularisation)."""
+
+    @property
+    def window(self) -> int:
+        return self.G.shape[1]
+
+
+class Backend(Protocol):
+    """The three operations behind which all backends stand."""
+
+    def step(self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, slot: int, filled: int) -> None:
+        """One Anderson iteration: put (x, fx) into row ``slot``, write the next iterate into ``out``.
+
+        x, fx, out: (B, d) contiguous; ``out`` may be ``x`` itself. ``filled``: rows in use, this one included.
+        """
+
+    def residual_norm(self, x: Tensor, fx: Tensor) -> Tensor:
+        """Relative residual ||f - x|| / ||f||: (B, d), (B, d) -> (B,) in the accumulator dtype."""
+
+    def supports(self, window: int) -> bool:
+        """Whether a window of this many rows can be handled."""

@@ -1,0 +1,112 @@
+"""PyTorch backend (the CPU's): incremental Gram matrix, batched matrix-vector products, LAPACK for m x m.
+
+It decides on the host whether a rare branch is taken, which costs nothing on a CPU and a synchronisation on a GPU;
+on a GPU the Triton backend is the one to use.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .state import WindowState, accumulator_dtype
+
+
+class TorchBackend:
+    """See :class:`kernels.state.Backend`."""
+
+    def supports(self, window: int) -> bool:
+        return window >= 1
+
+    def step(self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, slot: int, filled: int) -> None:
+        finite = _push(state, x, fx, slot, filled)
+        _solve(state, slot, filled, finite)
+        _mix(state, x, out, filled)
+
+    def residual_norm(self, x: Tensor, fx: Tensor) -> Tensor:
+        return _ratio(_norm(fx - x), _norm(fx))
+
+
+def _norm(v: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(v, dim=1, dtype=accumulator_dtype(v.dtype))
+    return norm
+
+
+def _ratio(g_norm: Tensor, f_norm: Tensor) -> Tensor:
+    # The smallest normal number only keeps 0/0 (f = x = 0, which is converged) from being NaN.
+    return g_norm / (f_norm + torch.finfo(f_norm.dtype).tiny)
+
+
+def _push(state: WindowState, x: Tensor, fx: Tensor, slot: int, filled: int) -> Tensor:
+    """Residual row, mixed row, new Gram row, residuals. Returns which samples' new rows are finite, (B,) bool."""
+    G, Y, H = state.G, state.Y, state.H
+    active = ~state.frozen
+    g = torch.sub(fx, x)
+    given_up = state.frozen & ~(state.residual <= state.tol)
+    kept = (G[given_up, slot], Y[given_up, slot])
+    G[:, slot] = g
+    # y = x + beta g written so that beta = 1 stores f itself, without rounding.
+    torch.sub(fx, g, alpha=1.0 - state.beta, out=Y[:, slot])
+    G[given_up, slot], Y[given_up, slot] = kept  # their best iterate is still to be read from the window
+    rows, g = G[:, :filled].to(H.dtype), g.to(H.dtype)
+    h = torch.bmm(rows, g.unsqueeze(-1)).squeeze(-1)
+    H[:, slot, :filled] = h
+    H[:, :filled, slot] = h
+
+    g_norm, f_norm = h[:, slot].sqrt(), _norm(fx)
+    residual = _ratio(g_norm, f_norm)
+    finite = torch.isfinite(residual)
+    rows_now = torch.where(finite, residual, torch.inf)
+    state.row_residual[:, slot] = torch.where(active, rows_now, state.row_residual[:, slot])
+    if not bool(finite.all()):
+        # 0 * NaN is NaN: rows that do not take part must not hold one.
+        bad = active & ~finite
+        G[bad, slot] = 0
+        Y[bad, slot] = 0
+        H[bad, slot, :] = 0
+        H[bad, :, slot] = 0
+    state.residual.copy_(torch.where(active, residual, state.residual))
+    state.iterations += active
+    return finite
+
+
+def _solve(state: WindowState, slot: int, filled: int, finite: Tensor) -> None:
+    """The m x m systems of all samples, their weights, and who is frozen from now on."""
+    valid = state.row_residual[:, :filled] < torch.inf
+    H = state.H[:, :filled, :filled].double()
+    diagonal = torch.diagonal(H, dim1=1, dim2=2)
+    S = torch.where(valid, diagonal.rsqrt() if state.scaled else torch.ones_like(diagonal), 0.0)
+    A = torch.where(valid[:, :, None] & valid[:, None, :], S[:, :, None] * H * S[:, None, :], 0.0)
+    # A row that takes no part gets a one on the diagonal and a zero on the right: its weight is zero.
+    A.diagonal(dim1=1, dim2=2).add_(torch.where(valid, state.ridge, 1.0))
+    w = S * torch.linalg.solve_ex(A, S).result
+    alpha = w / w.sum(dim=1, keepdim=True)
+
+    # Fallbacks, for the sample concerned alone. A system that cannot be solved: the plain damped step from the
+    # newest row. A newest row that is not finite: the plain damped step from the row before it.
+    newest = torch.zeros_like(alpha)
+    newest[:, slot] = 1.0
+    solved = torch.isfinite(alpha).all(dim=1)
+    alpha = torch.where(solved[:, None], alpha, newest)
+    converged = state.residual <= state.tol
+    given_up = torch.zeros_like(converged)
+    if not bool(finite.all()):
+        before = torch.zeros_like(alpha)
+        if filled > 1:
+            before[:, (slot - 1) % state.window] = 1.0
+        recovers = (before * valid).sum(dim=1) > 0
+        alpha = torch.where(finite[:, None], alpha, before)
+        given_up = ~finite & ~recovers
+    state.weights[:, :filled] = torch.where(state.frozen[:, None], state.weights[:, :filled], alpha)
+    state.frozen |= converged | given_up
+
+
+def _mix(state: WindowState, x: Tensor, out: Tensor, filled: int) -> None:
+    """``out = sum_i alpha_i y_i`` for samples that are not frozen, ``x`` for the others."""
+    rows = state.Y[:, :filled]
+    weights = state.weights[:, None, :filled]
+    if rows.dtype == weights.dtype and not bool(state.frozen.any()):
+        torch.bmm(weights, rows, out=out.unsqueeze(1))
+        return
+    mixed = torch.bmm(weights, rows.to(weights.dtype)).squeeze(1).to(out.dtype)
+    torch.where(state.frozen[:, None], x, mixed, out=out)

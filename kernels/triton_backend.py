@@ -1,0 +1,295 @@
+"""Triton backend: an Anderson iteration in two launches, with no host in between.
+
+Launch 1, ``_push``: residual row, mixed row, partial sums of the new Gram row and of ||f||^2.
+Launch 2, ``_mix``:  finish the row, solve m x m in registers, mix, and keep the books of each sample.
+
+Traffic per element of the state: launch 1 reads x, f and m - 1 rows of G and writes one row of G and of Y; launch 2
+reads m rows of Y and writes x_next: 2m + 4 in all. Partial sums are added in one fixed order and no atomics are
+used, so the same input gives the same bits. Every program first looks whether its sample is frozen; if so it leaves
+without touching the history.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from .state import WindowState, accumulator_dtype
+
+MAX_WINDOW = 32
+"""Rows that the solve in registers is built for (a tile of MAX_WINDOW^2 float64 over one or two warps)."""
+
+_FINISH_BLOCKS = 32
+"""Partial sums that ``_mix`` adds up at a time."""
+
+
+@triton.jit(do_not_specialize=["slot", "filled"])
+def _push(
+    x_ptr,
+    f_ptr,
+    G_ptr,
+    Y_ptr,
+    partial_ptr,
+    frozen_ptr,
+    beta: tl.float64,
+    dim,
+    blocks,
+    slot,
+    filled,
+    WINDOW: tl.constexpr,
+    UNDAMPED: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: BLOCK elements of one sample. partial: (B, blocks, WINDOW + 1), the last column for ||f||^2."""
+    program = tl.program_id(0)
+    sample = (program // blocks).to(tl.int64)
+    block = program % blocks
+    if tl.load(frozen_ptr + sample) != 0:
+        return
+    # Within a sample, offsets fit int32 only for d < 2^31: they are 64-bit throughout.
+    element = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < dim
+    x = tl.load(x_ptr + sample * dim + element, mask=inside, other=0.0).to(ACCUMULATOR)
+    f = tl.load(f_ptr + sample * dim + element, mask=inside, other=0.0).to(ACCUMULATOR)
+    # The Gram matrix belongs to the rows as they are stored: round first, then multiply.
+    g_stored = (f - x).to(G_ptr.dtype.element_ty)
+    g = g_stored.to(ACCUMULATOR)
+    first_row = sample * WINDOW
+    new_row = (first_row + slot) * dim + element
+    tl.store(G_ptr + new_row, g_stored, mask=inside)
+    y = f if UNDAMPED else f - tl.full((), 1.0 - beta, ACCUMULATOR) * g
+    tl.store(Y_ptr + new_row, y.to(Y_ptr.dtype.element_ty), mask=inside)
+
+    out = partial_ptr + program.to(tl.int64) * (WINDOW + 1)
+    for row in tl.static_range(WINDOW):
+        if row < filled:
+            if row == slot:
+                product = g * g
+            else:
+                other = tl.load(G_ptr + (first_row + row) * dim + element, mask=inside, other=0.0)
+                product = g * other.to(ACCUMULATOR)
+            tl.store(out + row, tl.sum(product, axis=0))
+    tl.store(out + WINDOW, tl.sum(f * f, axis=0))
+
+
+@triton.jit
+def _solve(H, S, valid, ridge, WINDOW: tl.constexpr, ROWS: tl.constexpr):
+    """alpha of min || sum alpha_i g_i ||^2, sum alpha_i = 1, over valid rows: Gauss-Jordan on (S H S + ridge I) w = S.
+
+    H: (ROWS, ROWS) float64, S: (ROWS,) float64, valid: (ROWS,) bool; alpha: (ROWS,) float64, 0 on other rows. The
+    matrix is symmetric positive definite, so that no pivoting is needed.
+    """
+    row = tl.arange(0, ROWS)
+    both = valid[:, None] & valid[None, :]
+    diagonal = row[:, None] == row[None, :]
+    A = tl.where(both, S[:, None] * H * S[None, :], 0.0)
+    A += tl.where(diagonal, tl.where(valid, ridge, 1.0)[:, None], 0.0)
+    w = S
+    for k in tl.static_range(WINDOW):
+        pivot_row = tl.sum(tl.where(row[:, None] == k, A, 0.0), axis=0)
+        pivot_column = tl.sum(tl.where(row[None, :] == k, A, 0.0), axis=1)
+        pivot = tl.sum(tl.where(row == k, pivot_row, 0.0), axis=0)
+        pivot_w = tl.sum(tl.where(row == k, w, 0.0), axis=0)
+        factor = tl.where(row == k, 0.0, pivot_column / pivot)
+        A -= factor[:, None] * pivot_row[None, :]
+        w -= factor * pivot_w
+    w = S * w / tl.sum(tl.where(diagonal, A, 0.0), axis=1)
+    return tl.where(valid, w / tl.sum(w, axis=0), 0.0)
+
+
+@triton.jit(do_not_specialize=["slot", "filled"])
+def _mix(
+    x_ptr,
+    out_ptr,
+    Y_ptr,
+    H_ptr,
+    partial_ptr,
+    row_residual_ptr,
+    weights_ptr,
+    residual_ptr,
+    frozen_ptr,
+    iterations_ptr,
+    tol: tl.float64,
+    ridge: tl.float64,
+    dim,
+    blocks,
+    slot,
+    filled,
+    WINDOW: tl.constexpr,
+    ROWS: tl.constexpr,
+    SCALED: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    TINY: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    FINISH_BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: BLOCK elements of one sample. Every program of a sample solves the same tiny system, with the same
+    bits; only the first writes the books. Another may read ``frozen`` before or after that write: either way it does
+    the same, since a sample that freezes here keeps its x."""
+    program = tl.program_id(0)
+    sample = (program // blocks).to(tl.int64)
+    block = program % blocks
+    element = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < dim
+    x_here = x_ptr + sample * dim + element
+    out_here = out_ptr + sample * dim + element
+    if tl.load(frozen_ptr + sample) != 0:
+        if not IN_PLACE:
+            tl.store(out_here, tl.load(x_here, mask=inside), mask=inside)
+        return
+
+    # Finish the new Gram row: h_i = sum over blocks of partial_i, in float64 and in one order.
+    row = tl.arange(0, ROWS)
+    in_use = row < filled
+    h = tl.zeros((ROWS,), tl.float64)
+    f_squared = tl.zeros((), tl.float64)
+    partial = partial_ptr + sample * blocks * (WINDOW + 1)
+    for first in range(0, blocks, FINISH_BLOCKS):
+        part = first + tl.arange(0, FINISH_BLOCKS)
+        line = partial + part.to(tl.int64) * (WINDOW + 1)
+        tile = tl.load(line[:, None] + row[None, :], mask=(part < blocks)[:, None] & in_use[None, :], other=0.0)
+        h += tl.sum(tile.to(tl.float64), axis=0)
+        f_squared += tl.sum(tl.load(line + WINDOW, mask=part < blocks, other=0.0).to(tl.float64), axis=0)
+    h = h.to(ACCUMULATOR)
+    newest = row == slot
+    g_norm = tl.sqrt(tl.sum(tl.where(newest, h, 0.0).to(tl.float64), axis=0))
+    residual = (g_norm / (tl.sqrt(f_squared) + TINY)).to(ACCUMULATOR)
+    infinity = float("inf")
+    finite = residual < infinity
+    converged = residual <= tl.full((), tol, ACCUMULATOR)
+
+    row_residual = tl.load(row_residual_ptr + sample * WINDOW + row, mask=in_use, other=infinity)
+    row_residual = tl.where(newest, tl.where(finite, residual, infinity), row_residual)
+    valid = row_residual < infinity
+    H_here = H_ptr + sample * WINDOW * WINDOW
+    old = tl.load(H_here + row[:, None] * WINDOW + row[None, :], mask=in_use[:, None] & in_use[None, :], other=0.0)
+    H = tl.where(newest[:, None], h[None, :], tl.where(newest[None, :], h[:, None], old)).to(tl.float64)
+    if SCALED:
+        H_diagonal = tl.sum(tl.where(row[:, None] == row[None, :], H, 0.0), axis=1)
+        S = tl.where(valid, 1.0 / tl.sqrt(H_diagonal), 0.0)
+    else:
+        S = tl.where(valid, tl.full((ROWS,), 1.0, tl.float64), 0.0)
+    alpha = _solve(H, S, valid, tl.full((), ridge, tl.float64), WINDOW, ROWS)
+
+    # Fallbacks of this sample alone: see AndersonWindow.
+    solved = tl.sum(tl.where(tl.abs(alpha) < infinity, 0, 1), axis=0) == 0
+    before = row == (slot + WINDOW - 1) % WINDOW
+    recovers = tl.sum(tl.where(before & valid, 1, 0), axis=0) > 0
+    alpha = tl.where(solved, alpha, tl.where(newest, 1.0, 0.0))
+    alpha = tl.where(finite, alpha, tl.where(before, 1.0, 0.0)).to(ACCUMULATOR)
+    stays = converged | ((finite == 0) & (recovers == 0))
+
+    if block == 0:
+        tl.store(H_here + slot * WINDOW + row, h, mask=in_use)
+        tl.store(H_here + row * WINDOW + slot, h, mask=in_use)
+        tl.store(row_residual_ptr + sample * WINDOW + row, row_residual, mask=newest)
+        tl.store(weights_ptr + sample * WINDOW + row, alpha, mask=in_use)
+        tl.store(residual_ptr + sample, residual)
+        tl.store(iterations_ptr + sample, tl.load(iterations_ptr + sample) + 1)
+        if stays:
+            tl.store(frozen_ptr + sample, 1)
+    if stays:
+        if not IN_PLACE:
+            tl.store(out_here, tl.load(x_here, mask=inside), mask=inside)
+        return
+
+    mixed = tl.zeros((BLOCK,), ACCUMULATOR)
+    for i in tl.static_range(WINDOW):
+        # A row of no weight is not read: it may be empty, or hold the NaN that took it out.
+        weight = tl.sum(tl.where(row == i, alpha, 0.0), axis=0)
+        Y_row = Y_ptr + (sample * WINDOW + i) * dim + element
+        y = tl.load(Y_row, mask=element < tl.where(weight != 0.0, dim, 0), other=0.0)
+        mixed += weight * y.to(ACCUMULATOR)
+    tl.store(out_here, mixed.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _residual_partials(x_ptr, f_ptr, partial_ptr, dim, blocks, ACCUMULATOR: tl.constexpr, BLOCK: tl.constexpr):
+    """partial: (B, blocks, 2), sums of (f - x)^2 and of f^2 over one block."""
+    program = tl.program_id(0)
+    sample = (program // blocks).to(tl.int64)
+    element = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < dim
+    x = tl.load(x_ptr + sample * dim + element, mask=inside, other=0.0).to(ACCUMULATOR)
+    f = tl.load(f_ptr + sample * dim + element, mask=inside, other=0.0).to(ACCUMULATOR)
+    g = f - x
+    out = partial_ptr + program.to(tl.int64) * 2
+    tl.store(out, tl.sum(g * g, axis=0))
+    tl.store(out + 1, tl.sum(f * f, axis=0))
+
+
+INTERPRETED = isinstance(_push, InterpretedFunction)
+"""Whether TRITON_INTERPRET=1 was set when this module was imported."""
+
+_TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def launch_shape(dim: int, window: int = 1, warp_size: int = 32) -> tuple[int, int, int]:
+    """(BLOCK elements of a program, blocks of a sample, warps of a program) for a state of ``dim`` elements.
+
+    A thread handles 16 elements for up to 8 rows and 8 beyond: all rows of a block are in flight at once in ``_mix``,
+    and this keeps it clear of 255 registers and of spills, at 16 bytes an access for every dtype.
+    """
+    block = min(1024, max(16, triton.next_power_of_2(dim)))
+    threads = block // (16 if window <= 8 else 8)
+    return block, triton.cdiv(dim, block), max(1, threads // warp_size)
+
+
+@functools.cache
+def _warp_size(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 32  # the interpreter, to which it makes no difference
+    size: int = torch.cuda.get_device_properties(device).warp_size
+    return size
+
+
+class TritonBackend:
+    """See :class:`kernels.state.Backend`."""
+
+    def __init__(self) -> None:
+        self._partial: Tensor | None = None
+
+    def supports(self, window: int) -> bool:
+        return 1 <= window <= MAX_WINDOW
+
+    def step(self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, slot: int, filled: int) -> None:
+        batch_size, window, dim = state.G.shape
+        block, blocks, warps = launch_shape(dim, window, _warp_size(x.device))
+        accumulator = _TL_DTYPE[state.H.dtype]
+        if self._partial is None:
+            self._partial = state.H.new_empty(batch_size, blocks, window + 1)
+        frozen = state.frozen.view(torch.uint8)
+        grid = (batch_size * blocks,)
+        shared: dict[str, Any] = {
+            "WINDOW": window,
+            "ACCUMULATOR": accumulator,
+            "BLOCK": block,
+            "num_warps": warps,
+        }
+        _push[grid](
+            x, fx, state.G, state.Y, self._partial, frozen, state.beta, dim, blocks, slot, filled,
+            UNDAMPED=state.beta == 1.0, **shared,
+        )  # fmt: skip
+        _mix[grid](
+            x, out, state.Y, state.H, self._partial, state.row_residual, state.weights, state.residual, frozen,
+            state.iterations, state.tol, state.ridge, dim, blocks, slot, filled,
+            ROWS=triton.next_power_of_2(window), SCALED=state.scaled, IN_PLACE=out.data_ptr() == x.data_ptr(),
+            TINY=torch.finfo(state.H.dtype).tiny, FINISH_BLOCKS=_FINISH_BLOCKS, **shared,
+        )  # fmt: skip
+
+    def residual_norm(self, x: Tensor, fx: Tensor) -> Tensor:
+        batch_size, dim = x.shape
+        block, blocks, warps = launch_shape(dim, warp_size=_warp_size(x.device))
+        dtype = accumulator_dtype(x.dtype)
+        partial = torch.empty(batch_size, blocks, 2, device=x.device, dtype=dtype)
+        _residual_partials[(batch_size * blocks,)](
+            x, fx, partial, dim, blocks, ACCUMULATOR=_TL_DTYPE[dtype], BLOCK=block, num_warps=warps
+        )
+        g, f = partial.double().sum(dim=1).sqrt().unbind(dim=1)
+        return (g / (f + torch.finfo(dtype).tiny)).to(dtype)

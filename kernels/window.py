@@ -1,0 +1,240 @@
+"""``AndersonWindow``: the one place that knows the ring buffer, the Gram matrix, and where they are kept."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .state import Backend, WindowState, accumulator_dtype
+from .torch_backend import TorchBackend
+
+BackendName = Literal["auto", "triton", "torch"]
+Regularization = Literal["scaled", "absolute"]
+
+DEFAULT_RIDGE: dict[Regularization, float] = {"scaled": 1e-6, "absolute": 1e-4}
+"""``scaled``: ten times the rounding of a float32 Gram matrix of unit diagonal, so that the scaled matrix is
+positive definite whatever its rows; any value from 1e-12 to 1e-5 gives the same iteration counts (README, design
+notes). ``absolute``: the tutorial's, TorchDEQ's and jaxopt's order of magnitude."""
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def validate_window(*, window: int, beta: float, regularization: str, ridge: float | None, backend: str) -> None:
+    """Raises ValueError, naming value, limit and fix, for options that no window can have."""
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise ValueError(f"window must be a whole number of iterates, at least 1, got {window!r}")
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window} (1 is the damped forward iteration)")
+    if not 0.0 < beta <= 1.0:
+        raise ValueError(f"beta must be above 0 and at most 1, got {beta} (1 is no damping)")
+    if regularization not in get_args(Regularization):
+        raise ValueError(f"regularization must be one of {get_args(Regularization)}, got {regularization!r}")
+    if ridge is not None and not (ridge >= 0.0 and math.isfinite(ridge)):
+        raise ValueError(f"ridge must be finite and at least 0, got {ridge} (leave it out for the default)")
+    if backend not in get_args(BackendName):
+        raise ValueError(f"backend must be one of {get_args(BackendName)}, got {backend!r}")
+
+
+def select_backend(name: BackendName, device: torch.device, window: int = 1) -> Backend:
+    """``auto`` is Triton on a CUDA or ROCm device and PyTorch elsewhere.
+
+    Raises ValueError where Triton is asked for and cannot run (no GPU and not ``TRITON_INTERPRET=1``, or a window
+    beyond what its kernels hold in registers).
+    """
+    if name == "torch" or (name == "auto" and device.type != "cuda"):
+        return TorchBackend()
+    try:
+        from .triton_backend import INTERPRETED, MAX_WINDOW, TritonBackend
+    except ImportError as error:
+        if name == "auto":
+            return TorchBackend()
+        raise ValueError(f"backend='triton' needs the package triton, which does not import: {error}") from error
+    if name == "triton" and device.type != "cuda" and not INTERPRETED:
+        raise ValueError(
+            f"backend='triton' runs on a CUDA or ROCm device, got device {str(device)!r} "
+            "(use backend='auto' or 'torch', or set TRITON_INTERPRET=1 before the import to debug on a CPU)"
+        )
+    triton_backend = TritonBackend()
+    if triton_backend.supports(window):
+        return triton_backend
+    if name == "auto":
+        return TorchBackend()
+    raise ValueError(f"backend='triton' holds windows up to {MAX_WINDOW}, got {window} (use backend='torch')")
+
+
+class AndersonWindow:
+    """The last m iterates of B fixed-point iterations, and the Anderson step from them.
+
+    With g_i = f_i - x_i and y_i = x_i + beta g_i over the window, one step is ::
+
+        alpha  = argmin || sum_i alpha_i g_i ||^2   subject to   sum_i alpha_i = 1
+        x_next = sum_i alpha_i y_i
+
+    per sample; samples never mix. Only the newest row of the Gram matrix is computed, in the accumulator dtype
+    (float32; float64 for float64 states), and the m x m system is solved in float64. Same input, same bits.
+
+    Nothing raises inside :meth:`step`: for a sample whose system is singular or overflows, the step is the plain
+    damped one, ``y`` of the newest row; where f itself is not finite, it is the plain damped step from the iterate
+    before (once; a second time in a row gives the sample up: it is frozen and its residual is NaN or inf).
+
+    Args:
+        batch_size: B, at least 1.
+        dim: d, elements of one sample's state, at least 1.
+        window: m, iterates kept, at least 1 (1 is the damped forward iteration).
+        beta: mixing parameter in (0, 1].
+        device: where the history lives (2 m B d elements); default: PyTorch's default device.
+        dtype: of states and history: float64, float32, bfloat16 or float16.
+        backend: ``auto``, ``triton`` or ``torch``.
+        regularization: ``scaled`` puts the Gram matrix to unit diagonal before ``ridge`` is added, so that rescaling
+            f changes nothing; ``absolute`` adds it as it is (what TorchDEQ and jaxopt do).
+        ridge: added to the diagonal; default 1e-6 for ``scaled``, 1e-4 for ``absolute``.
+        tol: freeze a sample once its relative residual is at most this; None never does.
+
+    Raises:
+        ValueError: for an option outside its limits.
+
+    Source: Anderson 1965; Walker & Ni 2011, *Anderson acceleration for fixed-point iterations*.
+
+    Example:
+        >>> import torch
+        >>> window = AndersonWindow(batch_size=1, dim=3, window=4, dtype=torch.float64)
+        >>> x = torch.zeros(1, 3, dtype=torch.float64)
+        >>> slope = torch.tensor([0.9, 0.5, -0.7], dtype=torch.float64)
+        >>> for _ in range(6):
+        ...     x = window.step(x, slope * x + 1)
+        >>> bool((x - 1 / (1 - slope)).abs().max() < 1e-2), window.residual.shape
+        (True, torch.Size([1]))
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        dim: int,
+        window: int = 5,
+        beta: float = 1.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        backend: BackendName = "auto",
+        regularization: Regularization = "scaled",
+        ridge: float | None = None,
+        tol: float | None = None,
+    ) -> None:
+        validate_window(window=window, beta=beta, regularization=regularization, ridge=ridge, backend=backend)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}")
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+        if tol is not None and not tol >= 0.0:
+            raise ValueError(f"tol must be at least 0, got {tol} (None never freezes a sample)")
+        home = torch.device(device) if device is not None else torch.get_default_device()
+        self._backend = select_backend(backend, home, window)
+        accumulator = accumulator_dtype(dtype)
+
+        def full(*shape: int, value: float, dtype: torch.dtype = accumulator) -> Tensor:
+            return torch.full(shape, value, device=home, dtype=dtype)
+
+        self._state = WindowState(
+            G=torch.empty(batch_size, window, dim, device=home, dtype=dtype),
+            Y=torch.empty(batch_size, window, dim, device=home, dtype=dtype),
+            H=full(batch_size, window, window, value=0.0),
+            row_residual=full(batch_size, window, value=math.inf),
+            weights=full(batch_size, window, value=0.0),
+            residual=full(batch_size, value=math.inf),
+            frozen=full(batch_size, value=False, dtype=torch.bool),
+            iterations=full(batch_size, value=0, dtype=torch.int32),
+            beta=float(beta),
+            tol=-1.0 if tol is None else float(tol),
+            ridge=DEFAULT_RIDGE[regularization] if ridge is None else float(ridge),
+            scaled=regularization == "scaled",
+        )
+        self._steps = 0
+
+    @property
+    def residual(self) -> Tensor:
+        """(B,) relative residual ``||f - x|| / ||f||`` of the x last given; a frozen sample keeps its own."""
+        return self._state.residual
+
+    @property
+    def weights(self) -> Tensor:
+        """(B, m) weights alpha of the last step, in ring order (row i holds iterations i, i + m, ...)."""
+        return self._state.weights
+
+    @property
+    def frozen(self) -> Tensor:
+        """(B,) bool: samples that :meth:`step` leaves alone from now on."""
+        return self._state.frozen
+
+    @property
+    def iterations(self) -> Tensor:
+        """(B,) int32: steps each sample took part in."""
+        return self._state.iterations
+
+    def step(self, x: Tensor, fx: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Takes x and f(x), both (B, d); returns the next iterate, (B, d).
+
+        The result is written to ``out`` if given: a contiguous (B, d) tensor, which may be ``x`` itself. For frozen
+        samples, and for one that freezes in this very step, it is x.
+
+        Raises:
+            ValueError: if a shape, dtype or device is not the window's.
+        """
+        state = self._state
+        batch_size, window, dim = state.G.shape
+        for name, tensor in (("x", x), ("fx", fx), ("out", out)):
+            if tensor is None:
+                continue
+            if tensor.shape != (batch_size, dim) or tensor.dtype != state.G.dtype:
+                raise ValueError(
+                    f"{name} must be ({batch_size}, {dim}) {state.G.dtype} like this window, "
+                    f"got {tuple(tensor.shape)} {tensor.dtype}"
+                )
+            if tensor.device != state.G.device:
+                raise ValueError(f"{name} is on {tensor.device}, this window is on {state.G.device}")
+        if out is None:
+            out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        elif not out.is_contiguous():
+            raise ValueError(f"out must be contiguous, got strides {out.stride()}")
+        slot = self._steps % window
+        self._steps += 1
+        self._backend.step(state, x.contiguous(), fx.contiguous(), out, slot, min(self._steps, window))
+        return out
+
+    def best(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The iterate of lowest residual still in the window, and that residual: (B, d), (B,).
+
+        Converged samples keep their row of ``x``, and so do those of which no row is finite. No iterate is stored for
+        this: x_i = y_i - beta g_i, exact up to the rounding of one subtraction in the state's dtype.
+        """
+        state = self._state
+        index = state.row_residual.argmin(dim=1)
+        rows = torch.arange(index.shape[0], device=index.device)
+        lowest = state.row_residual[rows, index]
+        z = torch.sub(state.Y[rows, index], state.G[rows, index], alpha=state.beta)
+        keep = (state.frozen & (state.residual <= state.tol)) | torch.isinf(lowest)
+        return torch.where(keep[:, None], x, z), torch.where(keep, state.residual, lowest)
+
+
+def residual_norm(x: Tensor, fx: Tensor, *, backend: BackendName = "auto") -> Tensor:
+    """Relative residual ``||f - x|| / ||f||`` of each sample: (B, d), (B, d) -> (B,).
+
+    Sums are taken in float32 (float64 for float64 input); 0 where f = x = 0.
+
+    Raises:
+        ValueError: if the shapes are not both (B, d), or dtypes differ.
+
+    Example:
+        >>> import torch
+        >>> residual_norm(torch.tensor([[0.0, 4.0]]), torch.tensor([[3.0, 4.0]]))
+        tensor([0.6000])
+    """
+    if x.ndim != 2 or x.shape != fx.shape or x.dtype != fx.dtype:
+        raise ValueError(
+            f"x and fx must be (B, d) of one dtype, got {tuple(x.shape)} {x.dtype} and {tuple(fx.shape)} {fx.dtype}"
+        )
+    return select_backend(backend, x.device).residual_norm(x.contiguous(), fx.contiguous())

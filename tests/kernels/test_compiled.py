@@ -1,0 +1,55 @@
+"""What the Triton kernels compile to for devices that are not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+ITEMSIZE = {"fp32": 4, "bf16": 2}
+
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=list(ITEMSIZE))
+def rows(request: pytest.FixtureRequest) -> list[Row]:
+    # In a process of its own: here the kernels may be the interpreter's.
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.compiled", "--json", "--dtype", request.param]
+    command += ["--windows", "2", "5", "10", "16", "--targets", *TARGETS]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    found: list[Row] = json.loads(run.stdout)
+    assert len(found) == 2 * 4 * len(TARGETS)
+    return found
+
+
+def test_no_kernel_spills(rows: list[Row]) -> None:
+    assert [row for row in rows if row["spilled_bytes"] != 0] == []
+
+
+def test_registers_leave_room_for_several_programs(rows: list[Row]) -> None:
+    # 65,536 registers a multiprocessor: at 168 a thread, three programs of 128 threads still fit.
+    assert [row for row in rows if row["registers"] > 168] == []
+
+
+def test_every_access_to_the_state_is_16_bytes_wide(rows: list[Row]) -> None:
+    for row in rows:
+        accesses = row["elements_per_thread"] * ITEMSIZE[row["dtype"]] // 16
+        # push reads x, f and the rows of G (its own under a branch), and writes one of G and of Y;
+        # mix reads the rows of Y and writes x_next.
+        reads, writes = (row["window"] + 2, 2) if row["kernel"] == "push" else (row["window"], 1)
+        assert accesses >= 1, row
+        assert row["wide_loads"] == reads * accesses, row
+        assert row["wide_stores"] == writes * accesses, row
+        assert row["narrow_vector_loads"] == 0, row
+
+
+def test_offsets_into_the_state_are_64_bit(rows: list[Row]) -> None:
+    assert [row for row in rows if row["wide_offsets"] == 0] == []
+    assert [row for row in rows if row["narrow_offsets"] != 0] == []

@@ -95,7 +95,7 @@ def _solve(H, S, valid, ridge, WINDOW: tl.constexpr, ROWS: tl.constexpr):
         pivot_column = tl.sum(tl.where(row[None, :] == k, A, 0.0), axis=1)
         pivot = tl.sum(tl.where(row == k, pivot_row, 0.0), axis=0)
         pivot_w = tl.sum(tl.where(row == k, w, 0.0), axis=0)
-        factor = tl.where(row == k, 0.0, pivot_column / pivot)
+        factor = tl.where(row == k, 0.0, pivot_column * (1.0 / pivot))
         A -= factor[:, None] * pivot_row[None, :]
         w -= factor * pivot_w
     w = S * w / tl.sum(tl.where(diagonal, A, 0.0), axis=1)
@@ -150,12 +150,14 @@ def _mix(
     h = tl.zeros((ROWS,), tl.float64)
     f_squared = tl.zeros((), tl.float64)
     partial = partial_ptr + sample * blocks * (WINDOW + 1)
-    for first in range(0, blocks, FINISH_BLOCKS):
+    first = 0
+    while first < blocks:
         part = first + tl.arange(0, FINISH_BLOCKS)
         line = partial + part.to(tl.int64) * (WINDOW + 1)
         tile = tl.load(line[:, None] + row[None, :], mask=(part < blocks)[:, None] & in_use[None, :], other=0.0)
         h += tl.sum(tile.to(tl.float64), axis=0)
         f_squared += tl.sum(tl.load(line + WINDOW, mask=part < blocks, other=0.0).to(tl.float64), axis=0)
+        first += FINISH_BLOCKS
     h = h.to(ACCUMULATOR)
     newest = row == slot
     g_norm = tl.sqrt(tl.sum(tl.where(newest, h, 0.0).to(tl.float64), axis=0))

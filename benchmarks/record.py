@@ -1,0 +1,73 @@
+"""What every benchmark says about itself: machine, versions, one table, one JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, str]:
+    """The machine and the versions that a measurement belongs to."""
+    facts = {"machine": device_name(), "python": platform.python_version(), "system": platform.system()}
+    for package in ("torch", "triton", "torchdeq", "jaxopt", "jax", "anderson-acceleration", "scipy"):
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            facts[package] = "not installed"
+    return facts
+
+
+def device_name() -> str:
+    """The GPU if there is one, else the CPU with the cores that this process may use."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, IndexError):
+        model = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{model}, {cores} cores"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table whose columns line up in a terminal too."""
+    cells = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join([line(cells[0]), line(rule), *(line(row) for row in cells[1:])])
+
+
+def show_and_save(
+    name: str, command: str, conditions: str, head: Sequence[str], rows: Sequence[Sequence[object]], out: Path | None
+) -> None:
+    """Prints machine, conditions and table; writes them to ``out``/<machine>/<name>.{md,json} unless out is None."""
+    facts = machine()
+    text = table(head, rows)
+    about = ", ".join(f"{key} {value}" if key != "machine" else value for key, value in facts.items())
+    print(f"{about}\n{conditions}\n\n{text}")
+    if out is None:
+        return
+    folder = out / re.sub(r"[^a-z0-9]+", "-", facts["machine"].lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {"name": name, "command": command, "conditions": conditions, **facts}
+    record["rows"] = [dict(zip(head, row, strict=True)) for row in rows]
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(f"    {command}\n\n{about}. {conditions}\n\n{text}\n")
+    print(f"\nwritten to {folder / name}.md and .json")

@@ -1,0 +1,306 @@
+"""Gradients through the fixed point: right, at constant memory, and at home in autograd."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from deq import DEQ
+from deq.gradients import Gradient, Implicit, JacobianFree
+from deq.solvers import Anderson, Forward, Solver
+
+TIGHT = Anderson(window=5, tol=1e-13, max_iter=200)
+
+
+class Cell(nn.Module):
+    """A smooth contraction: tanh(W z + x), the spectral norm of W about ``contraction``."""
+
+    def __init__(self, dim: int = 6, contraction: float = 0.6, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        weight = torch.randn(dim, dim, dtype=dtype)
+        self.weight = nn.Parameter(weight * contraction / torch.linalg.matrix_norm(weight, 2))
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(z @ self.weight + x)
+
+
+def layer_and_input(gradient: Gradient | None = None, solver: Solver = TIGHT) -> tuple[DEQ, Tensor]:
+    layer = DEQ(Cell(), solver=solver, gradient=gradient)
+    return layer, torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("solver", [TIGHT, Forward(tol=1e-13, max_iter=400)], ids=["anderson", "forward"])
+def test_gradcheck_of_the_layer(solver: Solver) -> None:
+    layer = DEQ(Cell(dim=4), solver=solver, gradient=Implicit(solver))
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+
+    def f(x: Tensor, weight: Tensor) -> Tensor:
+        result: Tensor = torch.func.functional_call(layer, {"cell.weight": weight}, (x,))
+        return result
+
+    assert gradcheck(f, (x, layer.cell.weight), eps=1e-6, atol=1e-6)  # type: ignore[union-attr]
+
+
+def test_implicit_is_the_gradient_of_200_unrolled_steps() -> None:
+    layer, x = layer_and_input()
+    layer(x).pow(2).sum().backward()
+    implicit = (x.grad, layer.cell.weight.grad)  # type: ignore[union-attr]
+    z = torch.zeros_like(x)
+    for _ in range(200):
+        z = layer.cell(z, x)
+    unrolled = torch.autograd.grad(z.pow(2).sum(), (x, layer.cell.weight))  # type: ignore[union-attr]
+    for got, expected in zip(implicit, unrolled, strict=True):
+        assert got is not None
+        assert (got - expected).norm() / expected.norm() < 1e-6
+
+
+def test_jacobian_free_is_the_gradient_of_one_step() -> None:
+    layer, x = layer_and_input(JacobianFree())
+    z_star = layer(x)
+    z_star.pow(2).sum().backward()
+    one_step = layer.cell(z_star.detach(), x)
+    expected = torch.autograd.grad(one_step, (x, layer.cell.weight), 2 * z_star.detach())  # type: ignore[union-attr]
+    for got, wanted in zip((x.grad, layer.cell.weight.grad), expected, strict=True):  # type: ignore[union-attr]
+        torch.testing.assert_close(got, wanted)
+    assert layer.last_adjoint is None
+
+
+def test_jacobian_free_points_the_same_way_as_implicit() -> None:
+    grads = []
+    for gradient in (Implicit(), JacobianFree()):
+        torch.manual_seed(3)
+        layer, x = layer_and_input(gradient)
+        layer(x).pow(2).sum().backward()
+        assert x.grad is not None
+        grads.append(x.grad.flatten())
+    assert torch.cosine_similarity(grads[0], grads[1], dim=0) > 0.5
+    assert not torch.allclose(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("gradient", [Implicit(), JacobianFree()])
+def test_training_and_inference_return_the_same_numbers(gradient: Gradient) -> None:
+    layer, x = layer_and_input(gradient, Anderson(tol=1e-2))
+    trained = layer(x)
+    with torch.no_grad():
+        inferred = layer(x)
+    assert trained.requires_grad
+    assert not inferred.requires_grad
+    assert torch.equal(trained, inferred)
+    assert layer.last_solution is not None
+    assert torch.equal(inferred, layer.last_solution.z)
+
+
+def test_both_solves_are_kept_on_the_layer() -> None:
+    adjoint_solver = Anderson(window=3, tol=1e-4, max_iter=30)
+    layer, x = layer_and_input(Implicit(adjoint_solver), Anderson(tol=1e-6))
+    assert layer.last_solution is None
+    out = layer(x)
+    assert layer.last_solution is not None
+    assert layer.last_solution.converged.all()
+    assert layer.last_adjoint is None
+    out.sum().backward()
+    adjoint = layer.last_adjoint
+    assert adjoint is not None
+    assert (adjoint.residual <= 1e-4).all()
+    assert 1 < adjoint.evaluations < 30
+    # u = J^T u + dL/dz*, checked with the Jacobian itself.
+    z = layer.last_solution.z
+    for sample in range(3):
+        J = torch.func.jacrev(lambda z, s=sample: layer.cell(z, x[s]))(z[sample])
+        expected = torch.linalg.solve(torch.eye(6, dtype=z.dtype) - J.T, torch.ones(6, dtype=z.dtype))
+        torch.testing.assert_close(adjoint.z[sample], expected, rtol=1e-3, atol=1e-3)
+    layer(x)
+    assert layer.last_adjoint is None, "the account of an older backward must not stand beside a newer forward"
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12])
+def test_the_adjoint_solve_does_not_depend_on_the_scale_of_the_loss(scale: float) -> None:
+    # In float32 the squares of gradients of 1e-30 are zero.
+    cell = Cell(dtype=torch.float32, contraction=0.9)
+    layer = DEQ(cell, solver=Anderson(tol=1e-5), gradient=Implicit(Anderson(tol=1e-5)))
+    x = torch.randn(4, 6)
+    layer(x).sum().backward()
+    assert layer.last_adjoint is not None
+    expected, reference = cell.weight.grad, layer.last_adjoint
+    cell.weight.grad = None
+    (layer(x).sum() * scale).backward()
+    assert torch.equal(layer.last_adjoint.iterations, reference.iterations)
+    assert layer.last_adjoint.converged.all()
+    torch.testing.assert_close(cell.weight.grad, expected * scale, rtol=1e-4, atol=1e-6 * scale)  # type: ignore[operator]
+
+
+def test_a_sample_without_gradient_costs_nothing_and_stays_zero() -> None:
+    layer, x = layer_and_input()
+    layer(x)[1:].sum().backward()
+    assert layer.last_adjoint is not None
+    assert layer.last_adjoint.iterations[0] == 1
+    assert layer.last_adjoint.converged.all()
+    assert x.grad is not None
+    assert torch.equal(x.grad[0], torch.zeros(6, dtype=torch.float64))
+
+
+def test_backward_twice_with_retain_graph() -> None:
+    layer, x = layer_and_input()
+    loss = layer(x).pow(2).sum()
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, x)
+    assert torch.equal(first, second)
+
+
+def test_several_layers_in_one_model() -> None:
+    first, second = DEQ(Cell(), solver=TIGHT), DEQ(Cell(), solver=TIGHT)
+    x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda x: second(2 * first(x)), (x,), atol=1e-6)
+    assert first.last_adjoint is not None
+    assert second.last_adjoint is not None
+
+
+def test_parameters_without_gradient_and_inputs_without_gradient() -> None:
+    layer = DEQ(Cell(), solver=TIGHT)
+    x = torch.randn(2, 6, dtype=torch.float64)
+    layer(x).sum().backward()
+    assert layer.cell.weight.grad is not None  # type: ignore[union-attr]
+    layer.requires_grad_(False)
+    x.requires_grad_()
+    layer.cell.weight.grad = None  # type: ignore[union-attr]
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert layer.cell.weight.grad is None  # type: ignore[union-attr]
+
+
+def test_a_cell_that_ignores_z() -> None:
+    layer = DEQ(lambda z, x: 2 * x, solver=TIGHT)
+    x = torch.ones(2, 3, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.full((2, 3), 2.0))
+
+
+def test_the_output_may_be_modified_in_place() -> None:
+    layer, x = layer_and_input()
+    out = layer(x)
+    assert layer.last_solution is not None
+    kept = layer.last_solution.z.clone()
+    out.relu_().sum().backward()
+    assert torch.equal(layer.last_solution.z, kept)
+    assert x.grad is not None
+
+
+def test_a_second_derivative_is_refused_in_a_sentence() -> None:
+    layer, x = layer_and_input()
+    (grad,) = torch.autograd.grad(layer(x).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_under_autocast_the_state_stays_float32() -> None:
+    linear = nn.Linear(6, 6)
+    layer = DEQ(lambda z, x: torch.tanh(0.3 * linear(z) + x), solver=Anderson(tol=1e-3, max_iter=30))
+    x = torch.randn(4, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(linear(x))
+    assert out.dtype == torch.float32
+    out.sum().backward()
+    assert linear.weight.grad is not None
+    assert torch.isfinite(linear.weight.grad).all()
+    assert layer.last_adjoint is not None
+    assert layer.last_adjoint.residual.max() < 2e-2
+
+
+def test_warm_start_from_the_solution_stops_at_once() -> None:
+    layer, x = layer_and_input(solver=Anderson(tol=1e-6))
+    z_star = layer(x).detach()
+    again = layer(x, z0=z_star)
+    assert layer.last_solution is not None
+    assert layer.last_solution.evaluations == 1
+    assert torch.equal(again, z_star)
+
+
+def test_a_cell_that_changes_the_shape_is_named() -> None:
+    layer = DEQ(lambda z, x: z[:, :2])
+    with pytest.raises(ValueError, match=r"f must return what it is given, \(3, 6\)"):
+        layer(torch.randn(3, 6))
+
+
+class PeakBytes(TorchDispatchMode):
+    """The largest number of bytes that results of operations held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.device.type == "cpu":
+                storage = leaf.untyped_storage()
+                key = storage.data_ptr()
+                if key and key not in self.live:
+                    self.live[key] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, key, None)
+                    self.peak = max(self.peak, sum(self.live.values()))
+        return result
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    gc.collect()
+    with PeakBytes() as mode:
+        work()
+    return mode.peak
+
+
+def test_memory_does_not_grow_with_the_number_of_iterations() -> None:
+    cell = Cell(dim=512, contraction=0.99, dtype=torch.float32)
+    x = torch.randn(16, 512)
+    saved: list[int] = []
+    peaks: list[int] = []
+    for max_iter in (6, 30):
+        solver = Anderson(window=3, tol=0.0, max_iter=max_iter)
+        layer = DEQ(cell, solver=solver, gradient=Implicit(solver))
+        saved.append(0)
+        cell.weight.grad = None
+
+        def count(tensor: Tensor) -> Tensor:
+            saved[-1] += tensor.nbytes
+            return tensor
+
+        def step(layer: DEQ = layer) -> None:
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                out = layer(x)
+            out.sum().backward()
+
+        peaks.append(peak_bytes(step))
+        assert layer.last_solution is not None
+        assert layer.last_adjoint is not None
+        assert layer.last_solution.evaluations == layer.last_adjoint.evaluations == max_iter
+    assert saved[0] == saved[1] > 0
+    # 2 m B d of history, 4 bytes each, is the least that could be there: the measurement sees it.
+    assert peaks[0] > 2 * 3 * 16 * 512 * 4
+    assert peaks[1] <= peaks[0] * 1.01
+
+
+def test_memory_does_not_grow_over_steps() -> None:
+    layer, x = layer_and_input()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(1 for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter))
+
+    counts = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        layer(x).pow(2).sum().backward()
+        optimizer.step()
+        counts.append(tensors())
+    assert counts[-1] == counts[2]

@@ -12,6 +12,10 @@ from torch import Tensor
 from .state import WindowState, accumulator_dtype
 
 
+_PIECE = 1024
+"""Elements of an inner product that are summed in the accumulator dtype before float64 takes over."""
+
+
 class TorchBackend:
     """See :class:`kernels.state.Backend`."""
 
@@ -32,6 +36,19 @@ def _norm(v: Tensor) -> Tensor:
     return norm
 
 
+def _products(rows: Tensor, g: Tensor) -> Tensor:
+    """Inner products of g, (B, d), with rows, (B, n, d): (B, n) in the accumulator dtype.
+
+    A long float32 product is summed one element after the other: at d = 49,152 its relative error is 1e-5, ten times
+    the ridge. Added up in float64 over short pieces it is 1e-7.
+    """
+    dtype = accumulator_dtype(g.dtype)
+    total = torch.zeros(rows.shape[:2], dtype=torch.float64, device=g.device)
+    for row_piece, g_piece in zip(rows.split(_PIECE, dim=2), g.split(_PIECE, dim=1), strict=True):
+        total += torch.bmm(row_piece.to(dtype), g_piece.to(dtype).unsqueeze(-1)).squeeze(-1)
+    return total.to(dtype)
+
+
 def _ratio(g_norm: Tensor, f_norm: Tensor) -> Tensor:
     # The smallest normal number only keeps 0/0 (f = x = 0, which is converged) from being NaN.
     return g_norm / (f_norm + torch.finfo(f_norm.dtype).tiny)
@@ -48,8 +65,7 @@ def _push(state: WindowState, x: Tensor, fx: Tensor, slot: int, filled: int) -> 
     # y = x + beta g written so that beta = 1 stores f itself, without rounding.
     torch.sub(fx, g, alpha=1.0 - state.beta, out=Y[:, slot])
     G[given_up, slot], Y[given_up, slot] = kept  # their best iterate is still to be read from the window
-    rows, g = G[:, :filled].to(H.dtype), g.to(H.dtype)
-    h = torch.bmm(rows, g.unsqueeze(-1)).squeeze(-1)
+    h = _products(G[:, :filled], g)
     H[:, slot, :filled] = h
     H[:, :filled, slot] = h
 

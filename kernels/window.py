@@ -8,10 +8,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from . import native_backend
 from .state import Backend, WindowState, accumulator_dtype
 from .torch_backend import TorchBackend
 
-BackendName = Literal["auto", "triton", "torch"]
+BackendName = Literal["auto", "triton", "native", "torch"]
 Regularization = Literal["scaled", "absolute"]
 
 DEFAULT_RIDGE: dict[Regularization, float] = {"scaled": 1e-6, "absolute": 1e-4}
@@ -38,31 +39,38 @@ def validate_window(*, window: int, beta: float, regularization: str, ridge: flo
         raise ValueError(f"backend must be one of {get_args(BackendName)}, got {backend!r}")
 
 
-def select_backend(name: BackendName, device: torch.device, window: int = 1) -> Backend:
-    """``auto`` is Triton on a CUDA or ROCm device and PyTorch elsewhere.
+def select_backend(name: BackendName, device: torch.device, dtype: torch.dtype, window: int = 1) -> Backend:
+    """``auto`` is Triton on a CUDA or ROCm device, native code on a CPU that has a compiler, and PyTorch elsewhere.
 
-    Raises ValueError where Triton is asked for and cannot run (no GPU and not ``TRITON_INTERPRET=1``, or a window
-    beyond what its kernels hold in registers).
+    Raises ValueError where a backend is asked for by name and cannot run.
     """
-    if name == "torch" or (name == "auto" and device.type != "cuda"):
-        return TorchBackend()
+    candidates = (name,) if name != "auto" else ("triton" if device.type == "cuda" else "native", "torch")
+    for candidate in candidates:
+        backend, obstacle = _try_backend(candidate, device, dtype)
+        if backend is not None and not backend.supports(window):
+            backend, obstacle = None, f"holds no window of {window} in its registers or stack"
+        if backend is not None:
+            return backend
+    raise ValueError(f"backend={name!r} {obstacle} (use backend='auto')")
+
+
+def _try_backend(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Backend | None, str]:
+    """The backend, or None and what stands in its way."""
+    if name == "torch":
+        return TorchBackend(), ""
+    if name == "native":
+        if device.type != "cpu":
+            return None, f"runs on a CPU, got device {str(device)!r}"
+        if not native_backend.available(dtype):
+            return None, f"needs a C++ compiler and a float32 or float64 state, got {dtype}"
+        return native_backend.NativeBackend(), ""
     try:
-        from .triton_backend import INTERPRETED, MAX_WINDOW, TritonBackend
+        from . import triton_backend
     except ImportError as error:
-        if name == "auto":
-            return TorchBackend()
-        raise ValueError(f"backend='triton' needs the package triton, which does not import: {error}") from error
-    if name == "triton" and device.type != "cuda" and not INTERPRETED:
-        raise ValueError(
-            f"backend='triton' runs on a CUDA or ROCm device, got device {str(device)!r} "
-            "(use backend='auto' or 'torch', or set TRITON_INTERPRET=1 before the import to debug on a CPU)"
-        )
-    triton_backend = TritonBackend()
-    if triton_backend.supports(window):
-        return triton_backend
-    if name == "auto":
-        return TorchBackend()
-    raise ValueError(f"backend='triton' holds windows up to {MAX_WINDOW}, got {window} (use backend='torch')")
+        return None, f"needs the package triton, which does not import: {error}"
+    if device.type != "cuda" and not triton_backend.INTERPRETED:
+        return None, f"runs on a CUDA or ROCm device, got device {str(device)!r}"
+    return triton_backend.TritonBackend(), ""
 
 
 class AndersonWindow:
@@ -87,7 +95,7 @@ class AndersonWindow:
         beta: mixing parameter in (0, 1].
         device: where the history lives (2 m B d elements); default: PyTorch's default device.
         dtype: of states and history: float64, float32, bfloat16 or float16.
-        backend: ``auto``, ``triton`` or ``torch``.
+        backend: ``auto``, ``triton``, ``native`` or ``torch``.
         regularization: ``scaled`` puts the Gram matrix to unit diagonal before ``ridge`` is added, so that rescaling
             f changes nothing; ``absolute`` adds it as it is (what TorchDEQ and jaxopt do).
         ridge: added to the diagonal; default 1e-6 for ``scaled``, 1e-4 for ``absolute``.
@@ -133,7 +141,7 @@ class AndersonWindow:
         if tol is not None and not tol >= 0.0:
             raise ValueError(f"tol must be at least 0, got {tol} (None never freezes a sample)")
         home = torch.device(device) if device is not None else torch.get_default_device()
-        self._backend = select_backend(backend, home, window)
+        self._backend = select_backend(backend, home, dtype, window)
         accumulator = accumulator_dtype(dtype)
 
         def full(*shape: int, value: float, dtype: torch.dtype = accumulator) -> Tensor:
@@ -237,4 +245,4 @@ def residual_norm(x: Tensor, fx: Tensor, *, backend: BackendName = "auto") -> Te
         raise ValueError(
             f"x and fx must be (B, d) of one dtype, got {tuple(x.shape)} {x.dtype} and {tuple(fx.shape)} {fx.dtype}"
         )
-    return select_backend(backend, x.device).residual_norm(x.contiguous(), fx.contiguous())
+    return select_backend(backend, x.device, x.dtype).residual_norm(x.contiguous(), fx.contiguous())

@@ -16,7 +16,7 @@ from kernels import BackendName
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where Triton kernels run in the tests: a device if there is one, else the CPU, interpreted."""
 
-BACKENDS: tuple[BackendName, ...] = ("torch", "triton")
+BACKENDS: tuple[BackendName, ...] = ("torch", "native", "triton")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

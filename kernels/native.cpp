@@ -1,0 +1,350 @@
+// The Anderson update on a CPU: one call an iteration, each row of the history read once.
+//
+// For every sample that is not frozen: residual row, mixed row, new Gram row and norms; the m x m system; the mix.
+// Symbols and fallbacks are those of AndersonWindow (window.py). Sums are taken in the state's type over BLOCK
+// elements and in double beyond, in one order that depends neither on the number of threads nor on the batch: the
+// same input gives the same bits.
+//
+// Compiled by native_backend.py with -fassociative-math, so that sums vectorise, but without -ffinite-math-only: what
+// is not finite must stay recognisable.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr int64_t BLOCK = 2048;        // elements whose residual stays in the L1 cache while the rows pass by
+constexpr int64_t PIECE = 16 * BLOCK;  // elements of one unit of work where there are fewer samples than threads
+constexpr int64_t MAX_WINDOW = 64;
+
+}  // namespace
+
+extern "C" {
+
+// Mirrors native_backend._Window, field by field. Pointers as in kernels.state.WindowState; `accumulator` fields are
+// float for float states and double for double ones, which is the state's own type.
+struct Window {
+    int64_t batch, window, dim, scaled;
+    double beta, tol, ridge;
+    void *G, *Y, *H, *row_residual, *weights, *residual, *frozen, *iterations;
+};
+
+}  // extern "C"
+
+namespace {
+
+template <typename T>
+struct Sample {
+    const T *x, *f;
+    T *out, *G, *Y, *H, *row_residual, *weights, *residual;
+    uint8_t* frozen;
+    int32_t* iterations;
+
+    Sample(const Window& w, int64_t b, const void* x_, const void* f_, void* out_)
+        : x(static_cast<const T*>(x_) + b * w.dim),
+          f(static_cast<const T*>(f_) + b * w.dim),
+          out(static_cast<T*>(out_) + b * w.dim),
+          G(static_cast<T*>(w.G) + b * w.window * w.dim),
+          Y(static_cast<T*>(w.Y) + b * w.window * w.dim),
+          H(static_cast<T*>(w.H) + b * w.window * w.window),
+          row_residual(static_cast<T*>(w.row_residual) + b * w.window),
+          weights(static_cast<T*>(w.weights) + b * w.window),
+          residual(static_cast<T*>(w.residual) + b),
+          frozen(static_cast<uint8_t*>(w.frozen) + b),
+          iterations(static_cast<int32_t*>(w.iterations) + b) {}
+};
+
+// sums[k] += g . rows[k], for N rows at a time: N independent chains of multiply-adds.
+template <int N, typename T>
+inline void dot(const T* __restrict g, const T* const* rows, int64_t n, double* const* sums) {
+    const T* __restrict r0 = rows[0];
+    const T* __restrict r1 = rows[N > 1 ? 1 : 0];
+    const T* __restrict r2 = rows[N > 2 ? 2 : 0];
+    const T* __restrict r3 = rows[N > 3 ? 3 : 0];
+    T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (int64_t j = 0; j < n; ++j) {
+        s0 += g[j] * r0[j];
+        if (N > 1) s1 += g[j] * r1[j];
+        if (N > 2) s2 += g[j] * r2[j];
+        if (N > 3) s3 += g[j] * r3[j];
+    }
+    *sums[0] += s0;
+    if (N > 1) *sums[1] += s1;
+    if (N > 2) *sums[2] += s2;
+    if (N > 3) *sums[3] += s3;
+}
+
+// o[j] (+)= sum_k a[k] rows[k][j], for N rows at a time.
+template <int N, bool FIRST, typename T>
+inline void combine(T* __restrict o, const T* const* rows, const T* a, int64_t n) {
+    const T* __restrict r0 = rows[0];
+    const T* __restrict r1 = rows[N > 1 ? 1 : 0];
+    const T* __restrict r2 = rows[N > 2 ? 2 : 0];
+    const T* __restrict r3 = rows[N > 3 ? 3 : 0];
+    const T a0 = a[0], a1 = N > 1 ? a[1] : T(0), a2 = N > 2 ? a[2] : T(0), a3 = N > 3 ? a[3] : T(0);
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+        T sum = a0 * r0[j];
+        if (N > 1) sum += a1 * r1[j];
+        if (N > 2) sum += a2 * r2[j];
+        if (N > 3) sum += a3 * r3[j];
+        o[j] = FIRST ? sum : o[j] + sum;
+    }
+}
+
+// Launch 1: elements [begin, end). sums[i] += g . g_i for the filled rows i, sums[m] += f . f.
+template <typename T>
+void push(const Window& w, const Sample<T>& s, int64_t slot, int64_t filled, int64_t begin, int64_t end, double* sums) {
+    const T damping = static_cast<T>(1.0 - w.beta);
+    for (int64_t at = begin; at < end; at += BLOCK) {
+        const int64_t n = std::min(BLOCK, end - at);
+        const T* __restrict x = s.x + at;
+        const T* __restrict f = s.f + at;
+        T* __restrict g = s.G + slot * w.dim + at;
+        T* __restrict y = s.Y + slot * w.dim + at;
+        T gg = 0, ff = 0;
+#pragma omp simd reduction(+ : gg, ff)
+        for (int64_t j = 0; j < n; ++j) {
+            const T r = f[j] - x[j];
+            g[j] = r;
+            gg += r * r;
+            ff += f[j] * f[j];
+        }
+        // y = x + beta g written so that beta = 1 stores f itself, without rounding.
+        if (w.beta == 1.0) {
+            std::copy(f, f + n, y);
+        } else {
+#pragma omp simd
+            for (int64_t j = 0; j < n; ++j) y[j] = f[j] - damping * g[j];
+        }
+        sums[slot] += gg;
+        sums[w.window] += ff;
+
+        const T* rows[4];
+        double* into[4];
+        int k = 0;
+        for (int64_t i = 0; i < filled; ++i) {
+            if (i == slot) continue;
+            rows[k] = s.G + i * w.dim + at;
+            into[k++] = sums + i;
+            if (k == 4) {
+                dot<4>(g, rows, n, into);
+                k = 0;
+            }
+        }
+        if (k == 3) dot<3>(g, rows, n, into);
+        if (k == 2) dot<2>(g, rows, n, into);
+        if (k == 1) dot<1>(g, rows, n, into);
+    }
+}
+
+// Gauss-Jordan on (S H S + ridge I) w = S over the valid rows; false if there is no finite answer. n rows, in double.
+template <typename T>
+bool solve(const Window& w, const Sample<T>& s, int64_t n, const bool* valid, double* alpha) {
+    double A[MAX_WINDOW][MAX_WINDOW + 1], S[MAX_WINDOW];
+    for (int64_t i = 0; i < n; ++i) {
+        const double diagonal = s.H[i * w.window + i];
+        S[i] = !valid[i] ? 0.0 : w.scaled ? 1.0 / std::sqrt(diagonal) : 1.0;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < n; ++j)
+            A[i][j] = valid[i] && valid[j] ? S[i] * static_cast<double>(s.H[i * w.window + j]) * S[j] : 0.0;
+        A[i][i] += valid[i] ? w.ridge : 1.0;
+        A[i][n] = S[i];
+    }
+    for (int64_t k = 0; k < n; ++k)
+        for (int64_t i = 0; i < n; ++i) {
+            if (i == k) continue;
+            const double factor = A[i][k] / A[k][k];
+            for (int64_t j = k; j <= n; ++j) A[i][j] -= factor * A[k][j];
+        }
+    double total = 0.0;
+    for (int64_t i = 0; i < n; ++i) total += alpha[i] = S[i] * A[i][n] / A[i][i];
+    bool finite = true;
+    for (int64_t i = 0; i < n; ++i) {
+        alpha[i] = valid[i] ? alpha[i] / total : 0.0;
+        finite = finite && std::isfinite(alpha[i]);
+    }
+    return finite;
+}
+
+// Between the launches: finishes the Gram row, finds the weights, keeps the books. False if the sample keeps its x.
+template <typename T>
+bool finish(const Window& w, const Sample<T>& s, int64_t slot, int64_t filled, const double* sums) {
+    const int64_t m = w.window;
+    for (int64_t i = 0; i < filled; ++i) s.H[slot * m + i] = s.H[i * m + slot] = static_cast<T>(sums[i]);
+    const T residual = static_cast<T>(std::sqrt(sums[slot]) /
+                                      (std::sqrt(sums[m]) + static_cast<double>(std::numeric_limits<T>::min())));
+    const bool finite = std::isfinite(residual);
+    const T infinity = std::numeric_limits<T>::infinity();
+    *s.residual = residual;
+    *s.iterations += 1;
+    s.row_residual[slot] = finite ? residual : infinity;
+
+    bool valid[MAX_WINDOW];
+    double alpha[MAX_WINDOW];
+    for (int64_t i = 0; i < filled; ++i) valid[i] = s.row_residual[i] < infinity;
+    const bool solved = finite && solve(w, s, filled, valid, alpha);
+    const int64_t before = (slot + m - 1) % m;
+    if (!solved) {
+        // The plain damped step: from the newest row, or where f is not finite from the row before it.
+        std::fill(alpha, alpha + filled, 0.0);
+        const int64_t row = finite ? slot : before;
+        if (row < filled) alpha[row] = 1.0;
+    }
+    for (int64_t i = 0; i < filled; ++i) s.weights[i] = static_cast<T>(alpha[i]);
+    const bool recovers = before < filled && valid[before];
+    const bool stays = residual <= w.tol || (!finite && !recovers);
+    if (stays) *s.frozen = 1;
+    return !stays;
+}
+
+// Launch 2: out = sum_i alpha_i y_i over elements [begin, end).
+template <typename T>
+void mix(const Window& w, const Sample<T>& s, int64_t filled, int64_t begin, int64_t end) {
+    // A row of no weight is not read: it may hold the NaN that took it out.
+    const T* rows[MAX_WINDOW];
+    T a[MAX_WINDOW];
+    int64_t count = 0;
+    for (int64_t i = 0; i < filled; ++i)
+        if (s.weights[i] != T(0)) {
+            rows[count] = s.Y + i * w.dim;
+            a[count++] = s.weights[i];
+        }
+    for (int64_t at = begin; at < end; at += BLOCK) {
+        const int64_t n = std::min(BLOCK, end - at);
+        T* o = s.out + at;
+        for (int64_t i = 0; i < count; i += 4) {
+            const T* four[4];
+            const int64_t k = std::min<int64_t>(4, count - i);
+            for (int64_t q = 0; q < k; ++q) four[q] = rows[i + q] + at;
+            if (i == 0) {
+                if (k == 4) combine<4, true>(o, four, a, n);
+                if (k == 3) combine<3, true>(o, four, a, n);
+                if (k == 2) combine<2, true>(o, four, a, n);
+                if (k == 1) combine<1, true>(o, four, a, n);
+            } else {
+                if (k == 4) combine<4, false>(o, four, a + i, n);
+                if (k == 3) combine<3, false>(o, four, a + i, n);
+                if (k == 2) combine<2, false>(o, four, a + i, n);
+                if (k == 1) combine<1, false>(o, four, a + i, n);
+            }
+        }
+    }
+}
+
+template <typename T>
+void keep(const Window& w, const Sample<T>& s) {
+    if (s.out != s.x) std::copy(s.x, s.x + w.dim, s.out);
+}
+
+// Elements of one sample, in pieces whose sums are added up in order.
+template <typename T>
+void add_pieces(const std::vector<double>& partial, int64_t pieces, int64_t width, double* sums) {
+    std::fill(sums, sums + width, 0.0);
+    for (int64_t p = 0; p < pieces; ++p)
+        for (int64_t i = 0; i < width; ++i) sums[i] += partial[p * width + i];
+}
+
+template <typename T>
+void step(const Window& w, const void* x, const void* f, void* out, int64_t slot, int64_t filled, int threads) {
+    const int64_t width = w.window + 1, pieces = (w.dim + PIECE - 1) / PIECE;
+    const bool by_sample = w.batch >= 2 * threads || pieces == 1;
+    if (by_sample) {
+#pragma omp parallel num_threads(threads) if (threads > 1 && w.batch > 1)
+        {
+            std::vector<double> partial(pieces * width), sums(width);
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t b = 0; b < w.batch; ++b) {
+                const Sample<T> s(w, b, x, f, out);
+                bool moves = !*s.frozen;
+                if (moves) {
+                    std::fill(partial.begin(), partial.end(), 0.0);
+                    for (int64_t p = 0; p < pieces; ++p)
+                        push(w, s, slot, filled, p * PIECE, std::min(w.dim, (p + 1) * PIECE), &partial[p * width]);
+                    add_pieces<T>(partial, pieces, width, sums.data());
+                    moves = finish(w, s, slot, filled, sums.data());
+                }
+                if (moves)
+                    mix(w, s, filled, 0, w.dim);
+                else
+                    keep(w, s);
+            }
+        }
+        return;
+    }
+    // Few samples: the threads share each one.
+    std::vector<double> partial(pieces * width), sums(width);
+    for (int64_t b = 0; b < w.batch; ++b) {
+        const Sample<T> s(w, b, x, f, out);
+        bool moves = !*s.frozen;
+        if (moves) {
+            std::fill(partial.begin(), partial.end(), 0.0);
+#pragma omp parallel for num_threads(threads) schedule(static)
+            for (int64_t p = 0; p < pieces; ++p)
+                push(w, s, slot, filled, p * PIECE, std::min(w.dim, (p + 1) * PIECE), &partial[p * width]);
+            add_pieces<T>(partial, pieces, width, sums.data());
+            moves = finish(w, s, slot, filled, sums.data());
+        }
+        if (!moves) {
+            keep(w, s);
+            continue;
+        }
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int64_t p = 0; p < pieces; ++p) mix(w, s, filled, p * PIECE, std::min(w.dim, (p + 1) * PIECE));
+    }
+}
+
+// residual[b] = ||f - x|| / ||f||.
+template <typename T>
+void residual_norm(int64_t batch, int64_t dim, const T* x, const T* f, T* residual, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && batch > 1)
+    for (int64_t b = 0; b < batch; ++b) {
+        double g_squared = 0.0, f_squared = 0.0;
+        for (int64_t at = 0; at < dim; at += BLOCK) {
+            const int64_t n = std::min(BLOCK, dim - at);
+            const T* __restrict xs = x + b * dim + at;
+            const T* __restrict fs = f + b * dim + at;
+            T gg = 0, ff = 0;
+#pragma omp simd reduction(+ : gg, ff)
+            for (int64_t j = 0; j < n; ++j) {
+                const T r = fs[j] - xs[j];
+                gg += r * r;
+                ff += fs[j] * fs[j];
+            }
+            g_squared += gg;
+            f_squared += ff;
+        }
+        residual[b] = static_cast<T>(std::sqrt(g_squared) /
+                                     (std::sqrt(f_squared) + static_cast<double>(std::numeric_limits<T>::min())));
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+void anderson_step_float(const Window* w, const void* x, const void* f, void* out, int64_t slot, int64_t filled,
+                         int32_t threads) {
+    step<float>(*w, x, f, out, slot, filled, threads);
+}
+
+void anderson_step_double(const Window* w, const void* x, const void* f, void* out, int64_t slot, int64_t filled,
+                          int32_t threads) {
+    step<double>(*w, x, f, out, slot, filled, threads);
+}
+
+void residual_norm_float(int64_t batch, int64_t dim, const float* x, const float* f, float* residual, int32_t threads) {
+    residual_norm(batch, dim, x, f, residual, threads);
+}
+
+void residual_norm_double(int64_t batch, int64_t dim, const double* x, const double* f, double* residual,
+                          int32_t threads) {
+    residual_norm(batch, dim, x, f, residual, threads);
+}
+
+}  // extern "C"

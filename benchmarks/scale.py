@@ -11,35 +11,26 @@ are counted at f itself, up to the first iterate that meets the tolerance; resid
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.peers import Solve, installed
 from benchmarks.problems import Affine, affine
 from benchmarks.record import RESULTS, show_and_save
 from deq.solvers import Anderson, Forward, Solver
 from kernels.naive import relative_residual
 
 FACTORS = (1e-6, 1e-3, 1.0, 1e3, 1e6)
-Run = Callable[[Callable[[Tensor], Tensor], Tensor, float, int, int], Tensor]
-"""(f, z0, tol, max_iter, window) -> z"""
 
 
-def ours(make: Callable[[float, int, int], Solver]) -> Run:
+def ours(make: Callable[[float, int, int], Solver]) -> Solve:
     return lambda f, z0, tol, max_iter, window: make(tol, max_iter, window).solve(f, z0).z
 
 
-def torchdeq_anderson(f: Callable[[Tensor], Tensor], z0: Tensor, tol: float, max_iter: int, window: int) -> Tensor:
-    from torchdeq.solver import anderson_solver
-
-    z: Tensor = anderson_solver(f, z0, max_iter=max_iter, tol=tol, stop_mode="rel", m=window)[0]
-    return z
-
-
-SOLVERS: dict[str, Run] = {
+SOLVERS: dict[str, Solve] = {
     "forward iteration": ours(lambda tol, cap, m: Forward(tol=tol, max_iter=cap)),
     "Anderson, scaled (ours, default)": ours(lambda tol, cap, m: Anderson(window=m, tol=tol, max_iter=cap)),
     "Anderson, absolute (ours)": ours(
@@ -48,7 +39,7 @@ SOLVERS: dict[str, Run] = {
 }
 
 
-def evaluations(run: Run, problem: Affine, tol: float, max_iter: int, window: int) -> str:
+def evaluations(solve: Solve, problem: Affine, tol: float, max_iter: int, window: int) -> str:
     """Evaluations of f until every sample has met the tolerance, or '>cap'."""
     exact = Affine(problem.A.double(), problem.b.double())
     met = torch.zeros(problem.b.shape[0], dtype=torch.bool)
@@ -63,7 +54,7 @@ def evaluations(run: Run, problem: Affine, tol: float, max_iter: int, window: in
             needed = count
         return problem(z)
 
-    run(f, problem.zero, tol, max_iter, window)
+    solve(f, problem.zero, tol, max_iter, window)
     return str(needed) if met.all() else f">{count}"
 
 
@@ -73,21 +64,13 @@ def main() -> None:
     parser.add_argument("--tol", type=float, default=1e-6, help="relative residual, every sample")
     parser.add_argument("--window", type=int, default=5)
     parser.add_argument("--cap", type=int, default=300, help="evaluations at most")
-    parser.add_argument(
-        "--out", type=Path, default=None, help=f"folder for results (the committed ones: {RESULTS.name})"
-    )
+    parser.add_argument("--out", type=Path, default=None, help=f"folder for results ({RESULTS.name}/ here)")
     options = parser.parse_args()
-    solvers = dict(SOLVERS)
-    try:
-        import torchdeq  # noqa: F401 - only to know whether it is there
-    except ImportError:
-        print("torchdeq is not installed: its row is left out (pip install -e '.[bench]')", file=sys.stderr)
-    else:
-        solvers["TorchDEQ anderson_solver"] = torchdeq_anderson
+    solvers = SOLVERS | installed(("TorchDEQ anderson_solver",))
     problem = affine(options.rho, lowest=-options.rho).to(torch.float32)
     rows = [
-        [name, *(evaluations(run, problem.scaled(s), options.tol, options.cap, options.window) for s in FACTORS)]
-        for name, run in solvers.items()
+        [name, *(evaluations(solve, problem.scaled(s), options.tol, options.cap, options.window) for s in FACTORS)]
+        for name, solve in solvers.items()
     ]
     show_and_save(
         "scale",

@@ -12,10 +12,6 @@ from torch import Tensor
 from .state import WindowState, accumulator_dtype
 
 
-_PIECE = 1024
-"""Elements of an inner product that are summed in the accumulator dtype before float64 takes over."""
-
-
 class TorchBackend:
     """See :class:`kernels.state.Backend`."""
 
@@ -39,14 +35,12 @@ def _norm(v: Tensor) -> Tensor:
 def _products(rows: Tensor, g: Tensor) -> Tensor:
     """Inner products of g, (B, d), with rows, (B, n, d): (B, n) in the accumulator dtype.
 
-    A long float32 product is summed one element after the other: at d = 49,152 its relative error is 1e-5, ten times
-    the ridge. Added up in float64 over short pieces it is 1e-7.
+    Not by ``bmm``: it sums one element after the other, and at d = 49,152 in float32 that costs a relative error of
+    1e-5, ten times the ridge. ``sum`` adds pairwise, to 1e-7.
     """
     dtype = accumulator_dtype(g.dtype)
-    total = torch.zeros(rows.shape[:2], dtype=torch.float64, device=g.device)
-    for row_piece, g_piece in zip(rows.split(_PIECE, dim=2), g.split(_PIECE, dim=1), strict=True):
-        total += torch.bmm(row_piece.to(dtype), g_piece.to(dtype).unsqueeze(-1)).squeeze(-1)
-    return total.to(dtype)
+    g = g.to(dtype)
+    return torch.stack([(row.to(dtype) * g).sum(dim=1) for row in rows.unbind(dim=1)], dim=1)
 
 
 def _ratio(g_norm: Tensor, f_norm: Tensor) -> Tensor:

@@ -1,0 +1,113 @@
+"""The solvers that other packages offer, behind one function each, so that all are measured the same way.
+
+Each solves z = f(z), z: (B, d) float32 on the CPU (on a GPU: the PyTorch ones), with its own defaults but for the
+window, the tolerance on the relative residual, and the cap. A peer that is not installed is left out, and said so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FixedPointMap = Callable[[Tensor], Tensor]
+Solve = Callable[[FixedPointMap, Tensor, float, int, int], Tensor]
+"""(f, z0, tol, max_iter, window) -> z"""
+
+
+def torchdeq_anderson(f: FixedPointMap, z0: Tensor, tol: float, max_iter: int, window: int) -> Tensor:
+    """TorchDEQ's Anderson (batched, per-sample weights, absolute regularisation 1e-4)."""
+    from torchdeq.solver import anderson_solver
+
+    z: Tensor = anderson_solver(f, z0, max_iter=max_iter, tol=tol, stop_mode="rel", m=window)[0]
+    return z
+
+
+def torchdeq_broyden(f: FixedPointMap, z0: Tensor, tol: float, max_iter: int, window: int) -> Tensor:
+    """TorchDEQ's Broyden, its memory as long as the solve (its default)."""
+    from torchdeq.solver import broyden_solver
+
+    z: Tensor = broyden_solver(f, z0, max_iter=max_iter, tol=tol, stop_mode="rel")[0]
+    return z
+
+
+def jaxopt_anderson(f: FixedPointMap, z0: Tensor, tol: float, max_iter: int, window: int) -> Tensor:
+    """jaxopt's Anderson, one least-squares problem for the whole batch; f is called through NumPy, unjitted."""
+    import jax.numpy as jnp
+    from jaxopt import AndersonAcceleration
+
+    def jax_f(z: Any) -> Any:
+        return jnp.asarray(f(torch.from_numpy(np.array(z))).numpy())
+
+    solver = AndersonAcceleration(jax_f, history_size=window, maxiter=max_iter, tol=tol, jit=False)
+    return torch.from_numpy(np.array(solver.run(jnp.asarray(z0.numpy())).params))
+
+
+def scs_aa(f: FixedPointMap, z0: Tensor, tol: float, max_iter: int, window: int) -> Tensor:
+    """SCS's aa (type II, float64, its safeguard on): one workspace a sample."""
+    import aa
+
+    batch, dim = z0.shape
+    accelerators = [aa.AndersonAccelerator(dim, window, type1=False) for _ in range(batch)]
+    x = z0.numpy().astype(np.float64)
+    previous = x.copy()
+    for k in range(max_iter):
+        for sample, accelerator in enumerate(accelerators):
+            if k > 0:
+                accelerator.apply(x[sample], previous[sample])
+        previous = x.copy()
+        x = f(torch.from_numpy(previous).float()).numpy().astype(np.float64)
+        residual = np.linalg.norm(x - previous, axis=1) / np.linalg.norm(x, axis=1)
+        if residual.max() <= tol:
+            break
+        for sample, accelerator in enumerate(accelerators):
+            accelerator.safeguard(x[sample], previous[sample])
+    return torch.from_numpy(previous).float()
+
+
+def scipy_anderson(f: FixedPointMap, z0: Tensor, tol: float, max_iter: int, window: int) -> Tensor:
+    """SciPy's Anderson, one least-squares problem for the whole batch; stops on a residual relative to ||f(z0)||."""
+    from scipy.optimize import NoConvergence, anderson
+
+    last = z0.numpy()
+
+    def residual(z: Any) -> Any:
+        nonlocal last
+        last = z
+        return f(torch.from_numpy(np.ascontiguousarray(z, dtype=np.float32))).numpy() - z
+
+    scale = float(f(z0).norm())
+    try:
+        found = anderson(residual, z0.numpy(), M=window, alpha=1.0, maxiter=max_iter, f_tol=tol * scale)
+    except NoConvergence as stopped:
+        found = stopped.args[0]
+    except (ValueError, FloatingPointError):  # its line search ends in NaN on some maps
+        found = last
+    return torch.from_numpy(np.array(found, dtype=np.float32)).view(z0.shape)
+
+
+PEERS: dict[str, tuple[str, Solve]] = {
+    "TorchDEQ anderson_solver": ("torchdeq", torchdeq_anderson),
+    "TorchDEQ broyden_solver": ("torchdeq", torchdeq_broyden),
+    "jaxopt AndersonAcceleration": ("jaxopt", jaxopt_anderson),
+    "SCS aa (type II)": ("aa", scs_aa),
+    "SciPy anderson": ("scipy", scipy_anderson),
+}
+"""Name -> (module that it needs, how to call it)."""
+
+
+def installed(names: tuple[str, ...] = tuple(PEERS)) -> dict[str, Solve]:
+    """The peers that can run here; the others are named on standard error."""
+    found = {}
+    for name in names:
+        module, solve = PEERS[name]
+        if importlib.util.find_spec(module) is None:
+            print(f"{name} is left out: {module} is not installed (pip install -e '.[bench]')", file=sys.stderr)
+        else:
+            found[name] = solve
+    return found

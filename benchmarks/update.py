@@ -1,0 +1,199 @@
+"""What one Anderson update costs, above the evaluation of f, against the copy floor and against every peer.
+
+    python -m benchmarks.update --batch 100 --dim 49152 --window 5
+
+An update at window m moves at least 2m + 4 units of B d elements (benchmarks/README.md). The floor is the time in
+which this machine copies that many bytes, measured in the same run. The overhead of every solver is measured the same
+way: a whole solve of K iterations minus K evaluations of the same f, per iteration; f is an elementwise map, cheap
+and never converged. All are timed in turns, round after round, and ratios are taken within a round: the median and
+the range over rounds are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers import Solve, installed
+from benchmarks.record import RESULTS, show_and_save
+from deq.solvers import Anderson, Forward
+from kernels import AndersonWindow
+
+PEERS = ("TorchDEQ anderson_solver", "SCS aa (type II)")
+Work = Callable[[], object]
+
+
+def seconds(work: Work, device: torch.device) -> float:
+    """One timed run, everything that it asked of the device included."""
+    _synchronize(device)
+    start = time.perf_counter()
+    work()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Elementwise:
+    """f(z) = s z + c with a slope of its own for each element, 0 to 0.99: no window of 16 ever spans it."""
+
+    def __init__(self, batch: int, dim: int, device: torch.device, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.slope = torch.rand(dim, generator=generator).mul(0.99).to(device, dtype)
+        self.shift = torch.randn(batch, dim, generator=generator).to(device, dtype)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, z, self.slope)
+
+
+def eager_update(X: Tensor, F: Tensor, ridge: float = 1e-6) -> Tensor:
+    """The formula as one would write it in PyTorch, nothing kept between iterations: (B, m, d) twice -> (B, d)."""
+    G = F - X
+    H = torch.bmm(G, G.transpose(1, 2))
+    S = torch.diagonal(H, dim1=1, dim2=2).rsqrt()
+    A = S[:, :, None] * H * S[:, None, :] + ridge * torch.eye(H.shape[1], dtype=H.dtype, device=H.device)
+    w = S * torch.linalg.solve(A, S)
+    return torch.bmm((w / w.sum(dim=1, keepdim=True)).unsqueeze(1), F).squeeze(1)
+
+
+def jaxopt_overhead(f: Elementwise, z0: Tensor, window: int, iterations: int) -> Callable[[], float] | None:
+    """jaxopt jitted, one problem a sample by vmap, f in JAX: seconds an iteration above f, measured in JAX."""
+    try:
+        import jax
+        import jax.numpy as jnp
+        from jaxopt import AndersonAcceleration
+    except ImportError:
+        return None
+    slope, shift = jnp.asarray(f.slope.numpy()), jnp.asarray(f.shift.numpy())
+
+    def one(start: jax.Array, c: jax.Array) -> jax.Array:
+        solver = AndersonAcceleration(
+            lambda z: slope * z + c, history_size=window, maxiter=iterations, tol=0.0, implicit_diff=False
+        )
+        result: jax.Array = solver.run(start).params
+        return result
+
+    solve = jax.jit(jax.vmap(one))
+    evaluate = jax.jit(lambda z: slope * z + shift)
+    start = jnp.asarray(z0.numpy())
+    solve(start, shift).block_until_ready()
+    evaluate(start).block_until_ready()
+
+    def measure() -> float:
+        begin = time.perf_counter()
+        solve(start, shift).block_until_ready()
+        whole = time.perf_counter() - begin
+        begin = time.perf_counter()
+        z = start
+        for _ in range(iterations):
+            z = evaluate(z).block_until_ready()
+        return (whole - (time.perf_counter() - begin)) / iterations
+
+    return measure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--dim", type=int, default=48 * 32 * 32)
+    parser.add_argument("--window", type=int, default=5)
+    parser.add_argument("--iterations", type=int, default=20, help="K, of one solve")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=None, help=f"folder for results ({RESULTS.name}/ here)")
+    options = parser.parse_args()
+    device, batch, dim, m = torch.device(options.device), options.batch, options.dim, options.window
+    iterations = options.iterations
+    f = Elementwise(batch, dim, device, torch.float32)
+    z0 = torch.zeros_like(f.shift)
+    unit = batch * dim * 4
+    source = torch.randn((m + 2) * batch * dim, device=device)
+    target = torch.empty_like(source)
+
+    def repeat_f() -> None:
+        z = z0
+        for _ in range(iterations):
+            z = f(z)
+
+    def overhead(solve: Solve) -> Callable[[], float]:
+        def measure() -> float:
+            whole: float = seconds(lambda: solve(f, z0, 0.0, iterations, m), device)
+            return (whole - seconds(repeat_f, device)) / iterations
+
+        return measure
+
+    window = AndersonWindow(batch, dim, window=m, device=device)
+    xs = [torch.randn(batch, dim, device=device) for _ in range(3)]
+    out = torch.empty_like(z0)
+    steps = iter(range(10**9))
+
+    def one_step() -> None:
+        k = next(steps)
+        window.step(xs[k % 3], xs[(k + 1) % 3], out=out)
+
+    X, F = torch.randn(batch, m, dim, device=device), torch.randn(batch, m, dim, device=device)
+    compiled = torch.compile(eager_update)
+    measures: dict[str, Callable[[], float]] = {
+        f"copy floor, {2 * m + 4} units": lambda: seconds(lambda: target.copy_(source), device),
+        "AndersonWindow.step": lambda: seconds(one_step, device),
+        "Anderson (ours), overhead in a solve": overhead(
+            lambda f, z, tol, cap, w: Anderson(window=w, tol=tol, max_iter=cap).solve(f, z).z
+        ),
+        "Forward (ours), overhead in a solve": overhead(
+            lambda f, z, tol, cap, w: Forward(tol=tol, max_iter=cap).solve(f, z).z
+        ),
+        "formula, eager PyTorch, one update": lambda: seconds(lambda: eager_update(X, F), device),
+        "formula, torch.compile, one update": lambda: seconds(lambda: compiled(X, F), device),
+    }
+    for name, solve in installed(PEERS).items():
+        if device.type == "cpu" or name.startswith("TorchDEQ"):
+            measures[f"{name}, overhead in a solve"] = overhead(solve)
+    jaxopt = jaxopt_overhead(f, z0, m, iterations) if device.type == "cpu" else None
+    if jaxopt is not None:
+        measures["jaxopt (jit, vmap), overhead in a solve"] = jaxopt
+
+    for measure in measures.values():
+        measure()
+    taken: dict[str, list[float]] = {name: [] for name in measures}
+    for _ in range(options.rounds):
+        for name, measure in measures.items():
+            taken[name].append(measure())
+
+    floor, ours = (taken[name] for name in list(measures)[:3:2])
+    rows = []
+    for name, times in taken.items():
+        over_floor = statistics.median(t / base for t, base in zip(times, floor, strict=True))
+        over_ours = statistics.median(t / base for t, base in zip(times, ours, strict=True))
+        median = statistics.median(times)
+        rows.append(
+            [
+                name,
+                f"{median * 1e3:.3f}",
+                f"{min(times) * 1e3:.3f} to {max(times) * 1e3:.3f}",
+                f"{(2 * m + 4) * unit / median / 1e9:.1f}",
+                f"{over_floor:.2f}",
+                f"{over_ours:.2f}",
+            ]
+        )
+    show_and_save(
+        f"update-b{batch}-d{dim}-m{m}",
+        f"python -m benchmarks.update --batch {batch} --dim {dim} --window {m} --iterations {iterations}",
+        f"B = {batch}, d = {dim}, m = {m}, float32, K = {iterations}, {options.rounds} rounds, "
+        f"{torch.get_num_threads()} threads.",
+        ["what", "ms, median", "ms, range", f"GB/s at {2 * m + 4} units", "over floor", "over ours in a solve"],
+        rows,
+        options.out,
+    )
+
+
+if __name__ == "__main__":
+    main()

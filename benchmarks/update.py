@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help=f"folder for results ({RESULTS.name}/ here)")
     options = parser.parse_args()
     device, batch, dim, m = torch.device(options.device), options.batch, options.dim, options.window
-    iterations = options.iterations
+    iterations: int = options.iterations
     f = Elementwise(batch, dim, device, torch.float32)
     z0 = torch.zeros_like(f.shift)
     unit = batch * dim * 4

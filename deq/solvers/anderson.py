@@ -24,7 +24,7 @@ class Anderson(Solver):
         tol, max_iter, stop: see :class:`~deq.solvers.base.Solver`.
         regularization: ``scaled`` (unaffected by the scale of f) or ``absolute`` (what TorchDEQ and jaxopt do).
         ridge: strength of the regularisation; default 1e-6 for ``scaled``, 1e-4 for ``absolute``.
-        backend: ``auto``, ``triton`` or ``torch``.
+        backend: ``auto``, ``triton``, ``native`` or ``torch``.
 
     Raises:
         ValueError: for an option outside its limits.

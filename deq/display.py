@@ -1,0 +1,138 @@
+"""What a person sees of a run: a live bar on a terminal, one plain line an epoch, a short table at the end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from deq.probe import Comparison, Reading
+
+# Heading, width, metric, how it is shown. All in all under 80 columns.
+_COLUMNS = (
+    ("loss", 8, "train/loss", "{:.4f}"),
+    ("train %", 8, "train/accuracy", "{:.2%}"),
+    ("test %", 8, "test/accuracy", "{:.2%}"),
+    ("f fwd", 7, "solver/forward_evaluations", "{:.1f}"),
+    ("f bwd", 7, "solver/backward_evaluations", "{:.1f}"),
+    ("unconv %", 9, "solver/unconverged_fraction", "{:.2%}"),
+    ("speedup", 9, "speedup/solver", "{:.2f}x"),
+    ("seconds", 9, "time/elapsed_s", "{:.1f}"),
+)
+
+
+class Display:
+    """Everything a run prints. Lines go to standard output, warnings to standard error."""
+
+    def __init__(self) -> None:
+        self._out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self._err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+
+    def warn(self, sentence: str) -> None:
+        """One sentence, on a line of its own."""
+        console = self._progress.console if self._progress is not None else self._err
+        console.print(f"warning: {sentence}", markup=False, style="yellow", soft_wrap=True)
+
+    def say(self, sentence: str) -> None:
+        self._out.print(sentence, markup=False, soft_wrap=True)
+
+    def start(self, total_steps: int, done: int) -> None:
+        """Print the heading of the epoch lines, and on a terminal begin the bar."""
+        self._epochs_heading()
+        if self._out.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("steps"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self._out,
+                transient=True,
+            )
+            self._task = self._progress.add_task("training", total=total_steps, completed=done)
+            self._progress.start()
+
+    def doing(self, what: str) -> None:
+        """Name what runs now, beside the bar."""
+        if self._progress is not None:
+            self._progress.update(self._task, description=what)
+
+    def step(self, done: int) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done)
+
+    def epoch(self, number: int, of: int, values: Mapping[str, float]) -> None:
+        """One line: means over the epoch's steps, and what its evaluation and probe gave."""
+        cells = [f"{f'{number}/{of}':>7}"]
+        for _, width, name, form in _COLUMNS:
+            value = values.get(name)
+            cells.append(f"{'-' if value is None else form.format(value).rstrip('%'):>{width}}")
+        self._out.print("".join(cells), markup=False)
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _epochs_heading(self) -> None:
+        heading = f"{'epoch':>7}" + "".join(f"{name:>{width}}" for name, width, *_ in _COLUMNS)
+        self._out.print(heading, markup=False, style="bold")
+
+    def table(self, summary: Mapping[str, float], comparison: Comparison | None, notes: Mapping[str, str]) -> None:
+        """The closing table. ``notes``: further rows, name → text."""
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+
+        def percent(name: str, digits: int = 2) -> str:
+            return f"{summary[name]:.{digits}%}".replace("%", " %") if name in summary else "none"
+
+        def number(name: str) -> str:
+            return f"{summary[name]:.1f}" if name in summary else "none"
+
+        table.add_row("accuracy", f"test {percent('test/accuracy')} · train {percent('train/accuracy')}")
+        seconds = f"{number('time/train_s')} s training · {number('time/elapsed_s')} s with evaluation and probe"
+        table.add_row("time", seconds)
+        table.add_row(
+            "evaluations of f",
+            f"forward {number('solver/forward_evaluations')} · backward {number('solver/backward_evaluations')} "
+            f"a solve, mean",
+        )
+        table.add_row(
+            "unconverged",
+            f"forward {percent('solver/forward_unconverged_fraction')} · "
+            f"backward {percent('solver/backward_unconverged_fraction')} of samples",
+        )
+        table.add_row(
+            "solves that met tol",
+            f"forward {percent('solver/forward_converged_steps', 1)} · "
+            f"backward {percent('solver/backward_converged_steps', 1)} of steps",
+        )
+        if comparison is not None:
+            table.add_row("speedup probe", _verdict(comparison))
+            table.add_row("  forward iteration", _reading(comparison.forward))
+            table.add_row("  this run's solver", _reading(comparison.solver))
+        for name, text in notes.items():
+            table.add_row(name, text)
+        self._out.print()
+        self._out.print(table)
+
+
+def _verdict(comparison: Comparison) -> str:
+    metrics = comparison.metrics()
+    if "speedup/solver" not in metrics:
+        return "no ratio: not both solves reached tol"
+    return f"{metrics['speedup/solver']:.2f}x in time · {metrics['speedup/evaluations']:.2f}x in evaluations of f"
+
+
+def _reading(reading: Reading) -> str:
+    if reading.seconds is None:
+        return f"not converged (residual {reading.residual:.1e} after {reading.evaluations} evaluations)"
+    return f"{reading.evaluations} evaluations · {reading.seconds * 1e3:.1f} ms"

@@ -1,0 +1,45 @@
+"""The one list of what is logged. The tracker refuses a name that is not here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+NAMES: dict[str, str] = {
+    "train/loss": "cross-entropy over the training steps since the previous row, nats per sample",
+    "train/accuracy": "share of training samples classified rightly, in the forward passes of training",
+    "test/loss": "cross-entropy over the test set, nats per sample",
+    "test/accuracy": "share of test samples classified rightly",
+    "optim/learning_rate": "learning rate of the latest step",
+    "time/elapsed_s": "wall-clock seconds since training began, evaluation and probe included",
+    "time/train_s": "seconds spent in training steps alone (no loading, evaluation, probe or checkpoint)",
+    "time/step_s": "mean seconds a training step, over the steps since the previous row",
+    "solver/forward_evaluations": "evaluations of f per forward solve of a batch, mean over training steps",
+    "solver/backward_evaluations": "evaluations of f's transposed Jacobian per adjoint solve, mean over steps",
+    "solver/forward_residual": "relative residual of the equilibrium, mean over samples",
+    "solver/backward_residual": "relative residual of the adjoint, mean over samples",
+    "solver/unconverged_fraction": "share of samples above tol when their solve ended, both solves pooled",
+    "solver/forward_unconverged_fraction": "the same, forward solves alone",
+    "solver/backward_unconverged_fraction": "the same, adjoint solves alone",
+    "solver/forward_converged_steps": "share of training steps whose forward solve met its stopping test",
+    "solver/backward_converged_steps": "share of training steps whose adjoint solve met its stopping test",
+    "speedup/solver": "probe: forward iteration's seconds over the run's solver's, to the same residual",
+    "speedup/evaluations": "probe: forward iteration's evaluations over the run's solver's",
+    "speedup/forward_evaluations": "probe: evaluations of f that forward iteration needed",
+    "speedup/solver_evaluations": "probe: evaluations of f that the run's solver needed",
+    "speedup/forward_s": "probe: seconds that forward iteration needed, median of the repeats",
+    "speedup/solver_s": "probe: seconds that the run's solver needed, median of the repeats",
+    "speedup/forward_residual": "probe: relative residual where forward iteration ended, as its test reads it",
+    "speedup/solver_residual": "probe: relative residual where the run's solver ended, as its test reads it",
+    "energy/gpu_joules": "measured by the GPU's own counter",
+    "energy/cpu_joules": "measured by the CPU's own counter",
+    "energy/tflop": "a proxy, computed: 1e12 floating-point operations",
+    "memory/peak_bytes": "peak memory: the allocator's on a CUDA device, the process's resident set on a CPU",
+}
+"""Name → meaning and unit. A name is logged only in rows where it was measured."""
+
+
+def check(names: Iterable[str]) -> None:
+    """Raise ValueError, naming it, for any name outside :data:`NAMES`."""
+    for name in names:
+        if name not in NAMES:
+            raise ValueError(f"metric {name!r} is not in deq/metrics.py; add it to NAMES there, with its unit")

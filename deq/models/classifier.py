@@ -1,0 +1,112 @@
+"""The network of the Deep Implicit Layers tutorial and of arXiv 2410.19460, with its sizes as arguments."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from deq.gradients import Gradient
+from deq.layer import DEQ
+from deq.solvers import Solver
+
+
+class ResidualCell(nn.Module):
+    """The map whose fixed point is the hidden state: z ↦ GN₃(relu(z + GN₂(x + conv₂(GN₁(relu(conv₁ z)))))).
+
+    Args:
+        channels: channels of the state z and of the injection x.
+        inner: channels between the two convolutions.
+        groups: groups of each group norm; divides ``channels`` and ``inner``.
+        init_std: standard deviation of the convolutions' initial weights. Small weights make the untrained
+            map a contraction, so that the first solves converge (the tutorial's 0.01).
+
+    Source: Kolter, Duvenaud & Johnson, Deep Implicit Layers tutorial, chapter 4 (``ResNetLayer``).
+    """
+
+    def __init__(self, channels: int, inner: int, groups: int = 8, init_std: float = 0.01) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, inner, kernel_size=3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(inner, channels, kernel_size=3, padding=1, bias=False)
+        self.norm1 = nn.GroupNorm(groups, inner)
+        self.norm2 = nn.GroupNorm(groups, channels)
+        self.norm3 = nn.GroupNorm(groups, channels)
+        for convolution in (self.conv1, self.conv2):
+            nn.init.normal_(convolution.weight, std=init_std)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """One application of the map. z, x: (B, channels, H, W) float. Returns: the shape of z."""
+        inner = self.norm1(functional.relu(self.conv1(z)))
+        result: Tensor = self.norm3(functional.relu(z + self.norm2(x + self.conv2(inner))))
+        return result
+
+
+class EquilibriumClassifier(nn.Module):
+    """Stem (3×3 convolution, batch norm) → DEQ over a :class:`ResidualCell` → batch norm → pool → linear.
+
+    With the defaults on CIFAR-10 this is the paper's network: 64,842 parameters.
+
+    Args:
+        image_channels: channels of the input images.
+        image_size: height and width of the input images, in pixels.
+        classes: number of classes.
+        solver: finds the equilibrium; ``gradient``: differentiates through it (see :class:`deq.DEQ`).
+        channels, inner, groups, init_std: sizes of the cell.
+        pool: side of the average-pooling window, in pixels; divides ``image_size``.
+
+    Raises:
+        ValueError: a size that does not fit, with its value, its limit and what to change.
+    """
+
+    def __init__(
+        self,
+        image_channels: int,
+        image_size: int,
+        classes: int,
+        *,
+        solver: Solver,
+        gradient: Gradient,
+        channels: int = 48,
+        inner: int = 64,
+        groups: int = 8,
+        pool: int = 8,
+        init_std: float = 0.01,
+    ) -> None:
+        super().__init__()
+        sizes = {"channels": channels, "inner": inner, "groups": groups, "pool": pool}
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"model.{name} must be an integer of at least 1, got {size!r}")
+        for name in ("channels", "inner"):
+            if sizes[name] % groups:
+                raise ValueError(
+                    f"model.{name} must be a multiple of model.groups={groups}, got {sizes[name]}; "
+                    f"change one of the two"
+                )
+        if image_size % pool:
+            raise ValueError(
+                f"model.pool must divide the image size, {image_size} pixels, got {pool}; "
+                f"give model.pool one of its divisors"
+            )
+        if init_std <= 0:
+            raise ValueError(f"model.init_std must be above 0, got {init_std}")
+        self.stem = nn.Sequential(
+            nn.Conv2d(image_channels, channels, kernel_size=3, padding=1), nn.BatchNorm2d(channels)
+        )
+        self.deq = DEQ(ResidualCell(channels, inner, groups, init_std), solver=solver, gradient=gradient)
+        side = image_size // pool
+        self.head = nn.Sequential(
+            nn.BatchNorm2d(channels),
+            nn.AvgPool2d(pool),
+            nn.Flatten(),
+            nn.Linear(channels * side * side, classes),
+        )
+
+    def inject(self, images: Tensor) -> Tensor:
+        """The cell's second argument. images: (B, image_channels, H, W) float → x: (B, channels, H, W) float."""
+        injection: Tensor = self.stem(images)
+        return injection
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits. images: (B, image_channels, H, W) float → (B, classes) float."""
+        logits: Tensor = self.head(self.deq(self.inject(images)))
+        return logits

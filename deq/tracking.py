@@ -1,0 +1,278 @@
+"""Where results go: files in the run folder, always; Weights & Biases beside them, as long as it works."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import wandb
+from omegaconf import OmegaConf
+
+from deq import metrics
+from deq.errors import UserError, first_line
+from deq.files import write_atomically
+
+Result = TypeVar("Result")
+Row = dict[str, float]
+
+_MODES = ("auto", "online", "offline", "disabled")
+
+
+@dataclass(frozen=True)
+class WandbOptions:
+    """How a run appears in W&B; see ``conf/logger/wandb.yaml``.
+
+    Args:
+        project: W&B project.
+        mode: auto (online for a user who is logged in, else offline), online, offline or disabled; the environment
+            variable WANDB_MODE goes before ``auto``.
+        group: W&B group; None takes the sweep's folder in a multirun.
+        name: W&B's display name; None takes the run folder's name.
+        tags: W&B tags, beside those of the run.
+        timeout: seconds that any one call to W&B may take, at least 1.
+    """
+
+    project: str = "anderson-deq"
+    mode: str = "auto"
+    group: str | None = None
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+    timeout: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in _MODES:
+            raise UserError(f"logger.mode must be one of {', '.join(_MODES)}, got {self.mode!r}")
+        if not self.timeout >= 1:
+            raise UserError(f"logger.timeout must be at least 1 second, got {self.timeout}")
+
+
+class Tracker:
+    """Writes ``config.yaml``, ``environment.json``, ``metrics.jsonl`` and ``summary.json``; feeds W&B if asked to.
+
+    Args:
+        folder: the run folder; made if it is missing.
+        config: the resolved configuration.
+        warn: shows one sentence to the user.
+        options: W&B's; mode ``disabled`` leaves the files alone.
+        group, tags: of this run, for W&B.
+
+    Only file errors reach the caller; anything that W&B does wrong becomes one warning, and the run goes on.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        *,
+        warn: Callable[[str], None],
+        options: WandbOptions,
+        group: str | None = None,
+        tags: tuple[str, ...] = (),
+    ) -> None:
+        self.folder = folder
+        self.rows: list[Row] = []
+        about = environment()
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+        _write_text(folder / "environment.json", json.dumps(about, indent=2))
+        self._write_rows()
+        self._wandb = None
+        if options.mode != "disabled":
+            self._wandb = _Wandb(options, folder, {**config, **about}, group=group, tags=tags, warn=warn)
+
+    def restore(self, rows: list[Row]) -> None:
+        """Begin with the rows of the run that is resumed, so that file and charts are whole."""
+        self.rows = [dict(row) for row in rows]
+        self._write_rows()
+        if self._wandb is not None:
+            for row in self.rows:
+                self._wandb.log(row)
+
+    def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        """Add a row. ``epoch`` counts from 1, ``step`` from 1 over the whole run.
+
+        Raises:
+            ValueError: for a name that is not in :mod:`deq.metrics`.
+        """
+        metrics.check(values)
+        row: Row = {"step": step, "epoch": epoch, **values}
+        self.rows.append(row)
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(_json(row) + "\n")
+        if self._wandb is not None:
+            self._wandb.log(row)
+
+    def finish(self, summary: Mapping[str, float], *, failed: bool = False) -> None:
+        """Write ``summary.json``, one flat object, and close the W&B run.
+
+        Raises:
+            ValueError: for a name that is not in :mod:`deq.metrics`.
+        """
+        metrics.check(summary)
+        _write_text(self.folder / "summary.json", _json(summary, indent=2) + "\n")
+        if self._wandb is not None:
+            self._wandb.finish(summary, failed)
+
+    @property
+    def wandb_note(self) -> str | None:
+        """For the closing table: where W&B has the run; None if it has not."""
+        return self._wandb.note if self._wandb is not None else None
+
+    def _write_rows(self) -> None:
+        _write_text(self.folder / "metrics.jsonl", "".join(_json(row) + "\n" for row in self.rows))
+
+
+class _Wandb:
+    """A W&B run that gives up, with one warning, at the first thing that goes wrong."""
+
+    def __init__(
+        self,
+        options: WandbOptions,
+        folder: Path,
+        config: dict[str, Any],
+        *,
+        group: str | None,
+        tags: tuple[str, ...],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._warn = warn
+        self._timeout = options.timeout
+        self._run: Any = None
+        self.note: str | None = None
+
+        def start() -> tuple[Any, str]:
+            mode = self._mode(options)
+            run = wandb.init(
+                project=options.project,
+                name=options.name or folder.name,
+                group=options.group or group,
+                tags=sorted({*options.tags, *tags}),
+                config=config,
+                dir=str(folder),
+                mode=mode,  # type: ignore[arg-type]  # one of W&B's own words, checked in WandbOptions
+                # The terminal is this program's: W&B neither prints on it nor reads from it.
+                settings=wandb.Settings(silent=True, console="off", init_timeout=options.timeout),
+            )
+            return run, mode
+
+        started = self._try("start", start)
+        if started is not None:
+            self._run, mode = started
+            if mode == "offline":
+                self.note = f"offline; upload with: wandb sync {_relative(Path(self._run.settings.sync_dir))}"
+            elif mode == "online":
+                self.note = str(self._run.url)
+
+    def log(self, row: Row) -> None:
+        self._try("log", lambda: self._run.log(row, step=int(row["step"])))
+
+    def finish(self, summary: Mapping[str, float], failed: bool) -> None:
+        def close() -> None:
+            self._run.summary.update(dict(summary))
+            self._run.finish(exit_code=int(failed))
+
+        self._try("finish", close)
+
+    def _mode(self, options: WandbOptions) -> str:
+        """online or offline, decided without a prompt and without a network."""
+        asked = options.mode if options.mode != "auto" else os.environ.get("WANDB_MODE", "")
+        if asked in ("offline", "disabled"):
+            return asked
+        if wandb.login(prompt=False, verify=False):
+            return "online"
+        if asked == "online":
+            self._warn("W&B: online needs a login (run `wandb login` once); this run is kept offline")
+        return "offline"
+
+    def _try(self, what: str, call: Callable[[], Result]) -> Result | None:
+        """The call's result, or None after one warning if it raised or took too long. Silent once given up."""
+        if what != "start" and self._run is None:
+            return None
+        outcome: dict[str, Any] = {}
+
+        def work() -> None:
+            try:
+                outcome["result"] = call()
+            except Exception as error:
+                outcome["error"] = error
+
+        # In a thread, because a call that hangs can be left alone but not be ended.
+        thread = threading.Thread(target=work, name=f"wandb-{what}", daemon=True)
+        thread.start()
+        thread.join(self._timeout)
+        if "result" in outcome:
+            result: Result = outcome["result"]
+            return result
+        error = outcome.get("error")
+        reason = first_line(error) if error else f"no answer in {self._timeout:g} s"
+        self._run, self.note = None, None
+        self._warn(f"W&B failed at {what} ({reason}); the run goes on, and its files are complete without it")
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """The code's version and the machine: what a result depends on beside its config."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "code_version": _code_version(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "machine": {
+            "system": platform.platform(),
+            "cpu": _cpu_name(),
+            "cpu_threads": torch.get_num_threads(),
+            "gpu": gpu,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+    }
+
+
+def _code_version() -> str | None:
+    """The commit of this source tree, marked where files differ from it; None outside a git checkout."""
+    try:
+        version = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return version.stdout.strip() or None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _json(values: Mapping[str, Any], indent: int | None = None) -> str:
+    """JSON proper: NaN and infinities, which it does not know, become null."""
+    clean = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
+    return json.dumps(clean, indent=indent, allow_nan=False)
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))

@@ -1,0 +1,302 @@
+"""The training loop: steps, evaluations and probes, and a state from which it goes on bit for bit."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from deq.data import Batches
+from deq.display import Display
+from deq.errors import UserError
+from deq.gradients import Implicit
+from deq.interrupt import Interrupted, SignalWatch
+from deq.models import EquilibriumClassifier
+from deq.probe import Comparison, SpeedupProbe
+from deq.solvers import Solver
+from deq.statistics import Sums
+from deq.tracking import Tracker
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "constant": lambda done: 1.0,
+}
+"""Name → factor on the learning rate, as a function of the share of steps done, 0 to 1."""
+
+
+@dataclass
+class Position:
+    """Where a run stands. ``epoch`` counts finished epochs, ``batch`` the batches taken of the next one."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    evaluated_step: int = -1
+    elapsed_s: float = 0.0
+    train_s: float = 0.0
+
+
+class Trainer:
+    """Trains a model, keeps the account, and can hand out and take back its whole state.
+
+    Args:
+        model: on its device. batches: on the same device. optimizer: of the model's parameters.
+        epochs: at most this many passes over the training set; max_steps: at most this many steps (None: no limit).
+        schedule: name in :data:`SCHEDULES`. precision: name in :data:`PRECISIONS`.
+        compile: compile the cell with ``torch.compile``.
+        log_every: steps of an epoch between rows; an epoch's end always writes one.
+        probe: compares the run's solver with forward iteration at every evaluation.
+        tracker, display: where results go. save: called with the state at every epoch's end and at a signal.
+    """
+
+    def __init__(
+        self,
+        model: EquilibriumClassifier,
+        batches: Batches,
+        optimizer: Optimizer,
+        *,
+        epochs: int,
+        max_steps: int | None,
+        schedule: str,
+        precision: str,
+        compile: bool,
+        log_every: int,
+        probe: SpeedupProbe,
+        tracker: Tracker,
+        display: Display,
+        save: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.model, self.batches, self.optimizer = model, batches, optimizer
+        self.epochs, self.log_every = epochs, log_every
+        self.total_steps = min(epochs * batches.per_epoch, max_steps or sys.maxsize)
+        self.probe, self.tracker, self.display, self._save = probe, tracker, display, save
+        self.device = next(model.parameters()).device
+        self.position = Position()
+        self._row_train_s = 0.0  # position.train_s at the latest row
+        self.since_row, self.in_epoch, self.in_run = Sums(), Sums(), Sums()
+        self.last_evaluation: dict[str, float] = {}
+        self.comparison: Comparison | None = None
+        factor = SCHEDULES[schedule]
+        self._schedule = LambdaLR(optimizer, lambda step: factor(min(step / self.total_steps, 1.0)))
+        self._autocast_dtype = PRECISIONS[precision]
+        # float16 has too few exponent bits for small gradients; the scaler does nothing for the others.
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        if compile:
+            # The adjoint solve asks for many products with one recorded evaluation of the cell, so that
+            # the compiler must not reuse that evaluation's buffers during the first of them.
+            import torch._functorch.config as functorch_config
+
+            functorch_config.donated_buffer = False
+            cell = model.deq.cell
+            assert isinstance(cell, nn.Module)
+            cell.compile()
+
+    @property
+    def _adjoint_solver(self) -> Solver | None:
+        gradient = self.model.deq.gradient
+        return (gradient.solver or self.model.deq.solver) if isinstance(gradient, Implicit) else None
+
+    def run(self) -> dict[str, float]:
+        """Train to the end. Returns the summary, metric name → value.
+
+        Raises:
+            Interrupted: a signal came; the state is saved.
+            UserError: the loss is no longer finite.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._began = time.perf_counter() - self.position.elapsed_s
+        with SignalWatch() as signals:
+            self.display.start(self.total_steps, self.position.step)
+            try:
+                while self.position.evaluated_step != self.total_steps:
+                    self._train_epoch(signals)
+                    self._close_epoch(signals)
+                    self._save(self.state())
+            except Interrupted:
+                self._save(self.state())
+                raise
+            finally:
+                self.display.stop()
+        return self.summary()
+
+    def summary(self) -> dict[str, float]:
+        """The run so far: accuracies of the last evaluation, means over the whole run for the solver's."""
+        run = Sums(self.in_run.values())
+        run.merge(Sums(self.since_row.values()))
+        summary = run.means() | self.last_evaluation
+        summary["time/elapsed_s"] = self.position.elapsed_s
+        summary["time/train_s"] = self.position.train_s
+        if run.steps:
+            summary["time/step_s"] = self.position.train_s / run.steps
+        summary["memory/peak_bytes"] = self._peak_memory()
+        return summary
+
+    def _train_epoch(self, signals: SignalWatch) -> None:
+        """The rest of the current epoch, or of the steps that are left."""
+        position = self.position
+        self.model.train()
+        self.display.doing(f"epoch {position.epoch + 1}/{self.epochs}")
+        started = self._now()
+        if position.step == self.total_steps:  # resumed between the last step and its evaluation
+            return
+        for images, labels in self.batches.train(position.epoch, start=position.batch):
+            self._train_step(images, labels)
+            position.step += 1
+            position.batch += 1
+            self.display.step(position.step)
+            # The epoch's last row is written with its evaluation.
+            ended = position.batch == self.batches.per_epoch or position.step == self.total_steps
+            row_due = position.batch % self.log_every == 0 and not ended
+            if row_due or signals.signum is not None:
+                position.train_s += self._now() - started
+                position.elapsed_s = self._elapsed()
+                self._check_loss()
+                if row_due:
+                    self._log({})
+                signals.raise_if_noted()
+                started = self._now()
+            if ended:  # before the next batch is drawn, which would move the generator of the augmentation
+                break
+        position.train_s += self._now() - started
+        position.elapsed_s = self._elapsed()
+        self._check_loss()
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> None:
+        with self._autocast():
+            logits = self.model(images)
+            loss = functional.cross_entropy(logits.float(), labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._scaler.scale(loss).backward()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self._schedule.step()
+        self.since_row.add(loss, logits, labels, self.model.deq, self._adjoint_solver)
+
+    def _close_epoch(self, signals: SignalWatch) -> None:
+        """Evaluate, probe, write the epoch's row and line, and go to the next epoch."""
+        position = self.position
+        self.display.doing("evaluation")
+        measured: dict[str, float] = self._evaluate(signals)
+        self.display.doing("probe")
+        images, _ = next(self.batches.test())
+        with self._autocast():
+            self.comparison = self.probe.compare(self.model, images)
+        measured |= self.comparison.metrics()
+        signals.raise_if_noted()
+        position.elapsed_s = self._elapsed()
+        position.evaluated_step = position.step
+        self._log(measured)
+        means = self.in_epoch.means()
+        self.last_evaluation = measured | {"train/accuracy": means["train/accuracy"], "train/loss": means["train/loss"]}
+        self.display.epoch(position.epoch + 1, self.epochs, means | measured | {"time/elapsed_s": position.elapsed_s})
+        if position.batch == self.batches.per_epoch:
+            position.epoch, position.batch = position.epoch + 1, 0
+            self.in_epoch = Sums()
+
+    @torch.no_grad()
+    def _evaluate(self, signals: SignalWatch) -> dict[str, float]:
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for images, labels in self.batches.test():
+            signals.raise_if_noted()
+            with self._autocast():
+                logits = self.model(images).float()
+            loss = functional.cross_entropy(logits, labels, reduction="sum")
+            sums += torch.stack([loss.double(), (logits.argmax(dim=1) == labels).sum().double()])
+        loss_sum, correct = sums.tolist()
+        count = len(self.batches.data.test)
+        return {"test/loss": loss_sum / count, "test/accuracy": correct / count}
+
+    def _log(self, measured: dict[str, float]) -> None:
+        """A row about the steps since the previous one."""
+        position = self.position
+        steps = self.since_row.steps
+        values: dict[str, float] = self.since_row.means() | measured
+        values |= {
+            "optim/learning_rate": float(self._schedule.get_last_lr()[0]),
+            "time/elapsed_s": position.elapsed_s,
+            "time/train_s": position.train_s,
+            "memory/peak_bytes": self._peak_memory(),
+        }
+        if steps:
+            values["time/step_s"] = (position.train_s - self._row_train_s) / steps
+        self.tracker.log(position.step, position.epoch + 1, values)
+        self._row_train_s = position.train_s
+        self.in_epoch.merge(self.since_row)
+        self.in_run.merge(self.since_row)
+        self.since_row = Sums()
+
+    def _check_loss(self) -> None:
+        """A loss that is not finite ends the run, unless the gradient scaler may yet find a scale that fits."""
+        lost = self.since_row.nonfinite_steps()
+        if lost and (not self._scaler.is_enabled() or lost == self.since_row.steps):
+            raise UserError(
+                f"the loss is NaN or infinite since a step between {self.position.step - self.since_row.steps + 1} "
+                f"and {self.position.step}; lower optim.lr, now {self.optimizer.defaults['lr']}, or use precision=fp32"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """Everything the rest of the run depends on: tensors, numbers, strings, lists and dicts only."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "position": dict(vars(self.position)),
+            "row_train_s": self._row_train_s,
+            "sums": [sums.state() for sums in (self.since_row, self.in_epoch, self.in_run)],
+            "last_evaluation": dict(self.last_evaluation),
+            "rows": self.tracker.rows,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state` gave."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._scaler.load_state_dict(state["scaler"])
+        self.position = Position(**state["position"])
+        self._row_train_s = state["row_train_s"]
+        self.since_row, self.in_epoch, self.in_run = (Sums(values) for values in state["sums"])
+        self.last_evaluation = dict(state["last_evaluation"])
+        self.tracker.restore(state["rows"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = self._autocast_dtype
+        return torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._began
+
+    def _now(self) -> float:
+        """Seconds, after everything asked of the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _peak_memory(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,215 @@
+"""The training loop: what it reports, how it stops, and that it goes on bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deq.data import Batches, ImageData, digits
+from deq.display import Display
+from deq.errors import UserError
+from deq.gradients import Gradient, Implicit, JacobianFree
+from deq.interrupt import Interrupted
+from deq.metrics import NAMES
+from deq.models import EquilibriumClassifier
+from deq.probe import SpeedupProbe
+from deq.solvers import Anderson
+from deq.tracking import Tracker, WandbOptions
+from deq.training import Trainer
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As fast for networks this small, and much faster on a machine that is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+SOLVER = Anderson(window=3, tol=1e-2, max_iter=20)
+STEPS_AN_EPOCH = 5
+
+
+class StopsAt(Batches):
+    """Batches that send this process a signal while step ``step`` is under way."""
+
+    def __init__(self, data: ImageData, signum: int, step: int) -> None:
+        super().__init__(data, 32, seed=0)
+        self.signum, self.left = signum, step
+
+    def train(self, epoch: int, start: int = 0) -> Any:
+        for batch in super().train(epoch, start):
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), self.signum)
+            yield batch
+
+
+def trainer(
+    folder: Path,
+    *,
+    gradient: Gradient | None = None,
+    batches: Batches | None = None,
+    saved: list[dict[str, Any]] | None = None,
+    augment: str = "crop",
+    **options: Any,
+) -> Trainer:
+    torch.manual_seed(0)
+    batches = batches or Batches(digits(augment=augment, train_size=160, test_size=64), 32, seed=0)
+    model = EquilibriumClassifier(
+        1, 8, 10, solver=SOLVER, gradient=gradient or Implicit(solver=SOLVER), channels=8, inner=8, groups=4, pool=4
+    )
+    given: dict[str, Any] = {
+        "epochs": 3, "max_steps": None, "schedule": "cosine", "precision": "fp32", "compile": False, "log_every": 2
+    }  # fmt: skip
+    return Trainer(
+        model,
+        batches,
+        torch.optim.Adam(model.parameters(), lr=3e-3),
+        **(given | options),
+        probe=SpeedupProbe(repeats=1),
+        tracker=Tracker(folder, {}, warn=print, options=WandbOptions(mode="disabled")),
+        display=Display(),
+        save=(saved if saved is not None else []).append,
+    )
+
+
+def without_clocks(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """What has to repeat: everything but seconds, ratios of seconds and memory."""
+    clocks = {"speedup/solver", "speedup/forward_s", "speedup/solver_s", "memory/peak_bytes"}
+    return [{k: v for k, v in row.items() if k not in clocks and not k.startswith("time/")} for row in rows]
+
+
+def saved_through_a_file(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    torch.save(state, folder / "state.pt")
+    loaded: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True)
+    return loaded
+
+
+@pytest.mark.parametrize("step", [1, 7, 10], ids=["first step", "middle of an epoch", "last step of an epoch"])
+def test_resumed_run_equals_uninterrupted_run(step: int, tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole")
+    expected = whole.run()
+
+    saved: list[dict[str, Any]] = []
+    data = digits(augment="crop", train_size=160, test_size=64)
+    first = trainer(tmp_path / "first", batches=StopsAt(data, signal.SIGINT, step), saved=saved)
+    with pytest.raises(Interrupted):
+        first.run()
+    assert first.position.step == step
+
+    second = trainer(tmp_path / "second")
+    torch.rand(13)  # the state of the generators has to come from the checkpoint
+    second.restore(saved_through_a_file(saved[-1], tmp_path))
+    result = second.run()
+
+    assert without_clocks([result]) == without_clocks([expected])
+    assert without_clocks(second.tracker.rows) == without_clocks(whole.tracker.rows)
+    weights = whole.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in second.model.state_dict().items())
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_end_saves_and_gives_the_handlers_back(signum: int, tmp_path: Path) -> None:
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    saved: list[dict[str, Any]] = []
+    run = trainer(tmp_path, batches=StopsAt(digits(train_size=160, test_size=64), signum, 3), saved=saved)
+    with pytest.raises(Interrupted) as caught:
+        run.run()
+    assert caught.value.signum == signum
+    assert saved[-1]["position"]["step"] == 3
+    assert run.summary()["train/loss"] > 0
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+def test_summary_holds_every_promised_name_that_could_be_measured(tmp_path: Path) -> None:
+    summary = trainer(tmp_path, epochs=1).run()
+    absent = set(NAMES) - set(summary)
+    # No counter was read, and the learning rate belongs to a step; a probe that got nowhere has no ratio.
+    assert absent <= {"optim/learning_rate", *(name for name in NAMES if name.startswith(("energy/", "speedup/")))}
+    assert 0 <= summary["solver/unconverged_fraction"] <= 1
+    assert summary["time/train_s"] <= summary["time/elapsed_s"]
+    assert summary["solver/forward_evaluations"] <= 20
+
+
+def test_a_row_covers_the_steps_since_the_previous_row(tmp_path: Path) -> None:
+    run = trainer(tmp_path, epochs=2)
+    run.run()
+    assert [row["step"] for row in run.tracker.rows] == [2, 4, 5, 7, 9, 10]
+    assert [row["epoch"] for row in run.tracker.rows] == [1, 1, 1, 2, 2, 2]
+    assert ["test/accuracy" in row for row in run.tracker.rows] == [False, False, True] * 2
+    losses = [row["train/loss"] for row in run.tracker.rows]
+    mean_of_steps = (2 * losses[3] + 2 * losses[4] + losses[5]) / STEPS_AN_EPOCH
+    assert run.last_evaluation["train/loss"] == pytest.approx(mean_of_steps)
+
+
+def test_unconverged_fraction_pools_both_solves(tmp_path: Path) -> None:
+    capped = Anderson(tol=1e-6, max_iter=2)
+    summary = trainer(tmp_path, epochs=1, gradient=Implicit(solver=capped)).run()
+    assert summary["solver/backward_unconverged_fraction"] == 1.0
+    assert summary["solver/backward_converged_steps"] == 0.0
+    assert summary["solver/backward_evaluations"] == 2.0
+    forward = summary["solver/forward_unconverged_fraction"]
+    assert summary["solver/unconverged_fraction"] == pytest.approx((forward + 1) / 2)
+
+
+def test_no_backward_names_without_a_backward_solve(tmp_path: Path) -> None:
+    summary = trainer(tmp_path, epochs=1, gradient=JacobianFree()).run()
+    assert not [name for name in summary if name.startswith("solver/backward")]
+    assert "solver/forward_evaluations" in summary
+
+
+def test_max_steps_ends_the_run_with_an_evaluation_and_the_rest_can_be_resumed(tmp_path: Path) -> None:
+    saved: list[dict[str, Any]] = []
+    run = trainer(tmp_path / "short", max_steps=7, schedule="constant", saved=saved)
+    assert "test/accuracy" in run.run()
+    assert run.position.step == 7
+    longer = trainer(tmp_path / "long", max_steps=None, schedule="constant")
+    longer.restore(saved[-1])
+    longer.run()
+    assert longer.position.step == 15
+    whole = trainer(tmp_path / "whole", schedule="constant")
+    whole.run()
+    assert longer.last_evaluation["test/loss"] == whole.last_evaluation["test/loss"]
+
+
+def test_learning_rate_follows_half_a_cosine_to_zero(tmp_path: Path) -> None:
+    run = trainer(tmp_path, epochs=2, log_every=5)
+    run.run()
+    assert [row["optim/learning_rate"] for row in run.tracker.rows] == pytest.approx([1.5e-3, 0.0])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+
+    def poison(module: torch.nn.Module, args: Any, logits: Tensor) -> Tensor | None:
+        return logits * float("nan") if run.position.step == 3 else None
+
+    run.model.register_forward_hook(poison)
+    with pytest.raises(UserError, match=r"NaN or infinite since a step between 3 and 4; lower optim.lr, now 0.003"):
+        run.run()
+
+
+def test_fp16_steps_that_overflow_are_skipped_by_the_scaler_and_training_goes_on(tmp_path: Path) -> None:
+    run = trainer(tmp_path, precision="fp16", epochs=1, log_every=5)
+
+    def overflow(module: torch.nn.Module, args: Any, logits: Tensor) -> Tensor | None:
+        return logits * float("inf") if run.position.step == 1 else None
+
+    run.model.register_forward_hook(overflow)
+    assert run.run()["train/loss"] < 10
+    assert all(torch.isfinite(value).all() for value in run.model.state_dict().values())
+
+
+def test_bf16_trains(tmp_path: Path) -> None:
+    summary = trainer(tmp_path, precision="bf16", epochs=4, augment="none").run()
+    assert summary["train/loss"] < 2.3
+    assert summary["test/accuracy"] > 0.2

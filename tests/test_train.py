@@ -1,0 +1,225 @@
+"""The entry point, run as a user runs it: in a process of its own, with overrides."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).parent.parent
+TINY = ["experiment=smoke", "data.train_size=100", "data.test_size=20", "batch_size=25"]
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "HYDRA_"))} | {
+    "NETRC": os.devnull,
+    "PYTHONPATH": str(ROOT),
+    "COLUMNS": "80",
+    "OMP_NUM_THREADS": "1",  # as fast for networks this small, and much faster on a machine that is busy
+}
+
+
+def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+
+
+def train(*overrides: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return python(str(ROOT / "train.py"), *overrides, folder=folder)
+
+
+def summary(folder: Path) -> dict[str, float]:
+    content: dict[str, float] = json.loads((folder / "summary.json").read_text())
+    return content
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without what depends on the clock."""
+    clocks = ("time/", "memory/", "speedup/")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(clocks)} for line in lines]
+
+
+def test_main_job_trains_tracks_and_tells(tmp_path: Path) -> None:
+    run = train("solver=anderson", "window=5", "epochs=2", "hydra.run.dir=run", folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert max(len(line) for line in lines if "Anderson(" not in line) <= 80
+    assert [line.split()[0] for line in lines if re.match(r" *\d/2 ", line)] == ["1/2", "2/2"]
+    for row in ("accuracy", "time", "evaluations of f", "unconverged", "speedup probe"):
+        assert any(line.startswith(row) for line in lines), run.stdout
+    assert summary(tmp_path / "run")["test/accuracy"] > 0.5
+    assert len(rows(tmp_path / "run")) == 2
+    assert OmegaConf.load(tmp_path / "run" / "config.yaml").solver.window == 5
+    (offline,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    content = offline.read_bytes()
+    for name in summary(tmp_path / "run"):
+        assert name.encode() in content
+
+
+def test_sweep_of_eight_jobs_has_eight_folders_and_one_group(tmp_path: Path) -> None:
+    swept = ["solver=anderson,forward", "window=2,5", "beta=0.7,1.0"]
+    run = train("-m", *swept, *TINY, "logger=wandb", "hydra.sweep.dir=runs/mine", folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    jobs = sorted(file.parent for file in (tmp_path / "runs" / "mine").glob("*/summary.json"))
+    assert len(jobs) == 8
+    configs = [OmegaConf.load(job / "config.yaml") for job in jobs]
+    assert len({(c.solver._target_, c.window, c.beta) for c in configs}) == 8
+    for job in jobs:
+        (offline,) = job.glob("wandb/offline-run-*/*.wandb")
+        assert b"mine" in offline.read_bytes()
+
+
+def test_help_is_a_page_with_every_knob_group_and_default(tmp_path: Path) -> None:
+    run = train("--help", folder=tmp_path)
+    assert run.returncode == 0
+    assert max(map(len, run.stdout.splitlines())) <= 80
+    page = re.sub(r" +", " ", run.stdout)
+    config: Any = OmegaConf.load(ROOT / "conf" / "config.yaml")
+    for name, value in config.items():
+        if name not in ("defaults", "probe"):
+            shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+            assert f"\n {name} {shown} " in page, name
+    for folder in (ROOT / "conf").iterdir():
+        if folder.is_dir() and folder.name != "hydra":
+            (line,) = re.findall(rf"^ {folder.name} .*", page.split("Groups")[1], re.MULTILINE)
+            for option in folder.glob("*.yaml"):
+                assert option.stem in line
+
+
+MISTAKES = {
+    "window=0": "window must be an integer of at least 1, got 0",
+    "window=two": "window must be an integer of at least 1, got 'two'",
+    "beta=0": "beta must be above 0 and at most 1, got 0",
+    "beta=1.5": "beta must be above 0 and at most 1, got 1.5",
+    "tol=-1": "tol must be a number above 0, such as 1e-2, got -1",
+    "adjoint.tol=-1": "adjoint: tol must be at least 0, got -1",
+    "max_iter=0": "max_iter must be an integer of at least 1, got 0",
+    "regularization=none": "regularization must be one of",
+    "solver=newton": "solver must be one of anderson, forward, got newton",
+    "model=large": "model must be one of paper, small, got large",
+    "windw=3": "there is no knob windw; did you mean window?",
+    "solver.beat=1": "there is no knob solver.beat; did you mean solver.beta?",
+    "window": "cannot read 'window'; write KNOB=VALUE",
+    "precision=fp8": "precision must be one of fp32, bf16, fp16, got 'fp8'",
+    "device=tpu": "device must be auto, cpu, cuda or cuda:N, got tpu",
+    "device=cuda:99": "device=cuda:99: torch sees",
+    "resume=nowhere": "there is no file or folder nowhere",
+    "data=image_folder": "data.root is not set; give data.root=DIR",
+    "model.groups=7": "model.channels must be a multiple of model.groups=7",
+    "logger.mode=of": "logger.mode must be one of auto, online, offline, disabled, got 'of'",
+}
+
+DRIVER = """
+import contextlib, io, json, sys
+from pathlib import Path
+import train
+from deq.command import launch
+told = {}
+for override in json.loads(sys.argv[1]):
+    sys.argv = ["train.py", "logger=none", "max_steps=1", override]
+    import os; os.environ.pop("HYDRA_FULL_ERROR", None)
+    with contextlib.redirect_stderr(io.StringIO()) as shown, contextlib.redirect_stdout(shown):
+        try:
+            launch(train.main, conf=Path(train.__file__).parent / "conf"); status = 0
+        except SystemExit as stop:
+            status = stop.code
+    told[override] = [status, shown.getvalue()]
+print(json.dumps(told))
+"""
+
+
+def test_a_mistake_is_told_in_one_sentence_before_any_work(tmp_path: Path) -> None:
+    run = python("-c", DRIVER, json.dumps(list(MISTAKES)), folder=tmp_path)  # one process, or this takes minutes
+    assert run.returncode == 0, run.stderr
+    told = json.loads(run.stdout.splitlines()[-1])
+    for override, sentence in MISTAKES.items():
+        status, shown = told[override]
+        assert status == 2, (override, shown)
+        assert shown.startswith("error: "), (override, shown)
+        assert shown.count("\n") == 1, (override, shown)
+        assert sentence in shown, (override, shown)
+
+
+def test_data_brings_its_default_model_and_an_explicit_one_wins(tmp_path: Path) -> None:
+    code = """
+import hydra, sys
+with hydra.initialize_config_dir(sys.argv[1], version_base="1.3"):
+    for overrides in ([], ["data=cifar10"], ["data=cifar10", "model=small"], ["model=paper", "window=7", "tol=0.3"]):
+        c = hydra.compose("config", overrides)
+        print(c.model.channels, c.epochs, c.gradient.solver.window, c.adjoint.tol)
+"""
+    run = python("-c", code, str(ROOT / "conf"), folder=tmp_path)
+    small, paper = (OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml").channels for name in ("small", "paper"))
+    channels = [int(line.split()[0]) for line in run.stdout.splitlines()]
+    assert channels == [small, paper, small, paper], run.stderr
+    assert run.stdout.splitlines()[3].split()[2:] == ["7", "0.3"]
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+from pathlib import Path
+import torch
+import train
+from deq.command import launch
+
+save, saves = torch.save, 0
+
+def half_of_the_second(content, file):
+    global saves
+    saves += 1
+    if saves == 2:
+        import io
+        whole = io.BytesIO()
+        save(content, whole)
+        file.write(whole.getvalue()[: whole.tell() // 2])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(content, file)
+
+torch.save = half_of_the_second
+launch(train.main, conf=Path(train.__file__).parent / "conf")
+"""
+
+
+def test_a_run_killed_while_writing_a_checkpoint_resumes_from_the_previous_one(tmp_path: Path) -> None:
+    knobs = ["logger=none", "epochs=3", "data.train_size=100", "data.test_size=20", "data.augment=crop"]
+    killed = python("-c", KILLED_WHILE_SAVING, *knobs, "hydra.run.dir=killed", folder=tmp_path)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "killed" / ".checkpoint.pt.part").stat().st_size > 0
+    resumed = train(*knobs, "resume=killed", "hydra.run.dir=resumed", folder=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [line.split()[0] for line in resumed.stdout.splitlines() if re.match(r" *\d/3 ", line)] == ["2/3", "3/3"]
+    whole = train(*knobs, "hydra.run.dir=whole", folder=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    assert rows(tmp_path / "resumed") == rows(tmp_path / "whole")
+    assert len(rows(tmp_path / "whole")) == 3
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_saves_and_says_how_to_go_on(signum: int, status: int, tmp_path: Path) -> None:
+    knobs = ["logger=none", "epochs=2000", "data.train_size=100", "data.test_size=20", "log_every=1"]
+    run = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *knobs, "hydra.run.dir=run"],
+        cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        time.sleep(0.1)
+    run.send_signal(signum)
+    stdout, stderr = run.communicate(timeout=60)
+    assert run.returncode == status, stderr
+    assert stderr == ""
+    assert f"stopped by {signal.Signals(signum).name} at step" in stdout
+    assert "epochs=2000" in stdout.splitlines()[-1]
+    assert "resume=run" in stdout.splitlines()[-1]
+    assert summary(tmp_path / "run")["train/loss"] > 0
+    assert (tmp_path / "run" / "checkpoint.pt").is_file()

@@ -1,0 +1,104 @@
+"""Train a deep equilibrium network with Anderson extrapolation: ``python train.py solver=anderson window=5``.
+
+On two CPU cores the defaults reach 98.5 % of scikit-learn's handwritten digits in under a minute. Every knob and
+group is on one page: ``python train.py --help``. Hydra composes ``conf/`` into one config and makes the run's folder
+under ``runs/``; the loop is in ``deq/training.py``, the equilibrium layer in ``deq/layer.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from deq import checkpoint
+from deq.command import launch, pick_device, resume_hint, validate
+from deq.data import Batches
+from deq.display import Display
+from deq.errors import values_of_the_user
+from deq.interrupt import Interrupted
+from deq.tracking import Tracker
+from deq.training import Trainer, count_parameters
+
+
+def main(config: DictConfig) -> float:
+    """Compose, build, train. Returns the test accuracy, which is what a sweeper that optimises would raise."""
+    display = Display()
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+
+    # Everything a user can get wrong is looked at before any work.
+    validate(config)
+    device = pick_device(config.device)
+    solver, gradient = instantiate(config.solver), instantiate(config.gradient)
+    probe, logger = instantiate(config.probe), instantiate(config.logger)
+    state = None
+    if config.resume is not None:
+        state, warnings = checkpoint.load(config.resume, plain)
+        for warning in warnings:
+            display.warn(warning)
+
+    torch.manual_seed(config.seed)
+    data = instantiate(config.data).to(device)
+    batches = Batches(data, config.batch_size, config.seed)
+    with values_of_the_user():
+        model = instantiate(config.model)(
+            image_channels=data.channels,
+            image_size=data.size,
+            classes=len(data.classes),
+            solver=solver,
+            gradient=gradient,
+        ).to(device)
+    optimizer = instantiate(config.optim.optimizer)(model.parameters())
+
+    choices: Any = HydraConfig.get().runtime.choices
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    tracker = Tracker(
+        folder,
+        plain,
+        warn=display.warn,
+        options=logger,
+        group=Path(HydraConfig.get().sweep.dir).name if sweep else None,
+        tags=tuple(str(choices[group]) for group in ("data", "model", "solver")),
+    )
+    trainer = Trainer(
+        model,
+        batches,
+        optimizer,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        schedule=config.optim.schedule,
+        precision=config.precision,
+        compile=config.compile,
+        log_every=config.log_every,
+        probe=probe,
+        tracker=tracker,
+        display=display,
+        save=lambda state: checkpoint.save(folder / checkpoint.FILE, state, plain),
+    )
+    if state is not None:
+        trainer.restore(state)
+    display.say(
+        f"{choices.model} model, {count_parameters(model):,} parameters · {choices.data}, {len(data.train):,} + "
+        f"{len(data.test):,} images · {device}\n{solver}"
+    )
+    try:
+        summary = trainer.run()
+    except BaseException as error:
+        tracker.finish(trainer.summary(), failed=True)
+        if isinstance(error, Interrupted):
+            display.say(f"stopped by {error} at step {trainer.position.step}; go on with:\n  {resume_hint(folder)}")
+        raise
+    tracker.finish(summary)
+    notes = {"files": str(folder)} | ({"W&B": tracker.wandb_note} if tracker.wandb_note else {})
+    display.table(summary, trainer.comparison, notes)
+    return summary["test/accuracy"]
+
+
+if __name__ == "__main__":
+    launch(main, conf=Path(__file__).parent / "conf")

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from . import native_backend
+from . import history, native_backend
 from .state import Backend, WindowState, accumulator_dtype
 from .torch_backend import TorchBackend
 
@@ -147,9 +147,10 @@ class AndersonWindow:
         def full(*shape: int, value: float, dtype: torch.dtype = accumulator) -> Tensor:
             return torch.full(shape, value, device=home, dtype=dtype)
 
+        G, Y = history.allocate(self, (2, batch_size, window, dim), home, dtype)
         self._state = WindowState(
-            G=torch.empty(batch_size, window, dim, device=home, dtype=dtype),
-            Y=torch.empty(batch_size, window, dim, device=home, dtype=dtype),
+            G=G,
+            Y=Y,
             H=full(batch_size, window, window, value=0.0),
             row_residual=full(batch_size, window, value=math.inf),
             weights=full(batch_size, window, value=0.0),

@@ -65,6 +65,7 @@ def compile_kernel(
     constants: dict[str, Any] = {
         "WINDOW": window,
         "ACCUMULATOR": tl.float64 if dtype == torch.float64 else tl.float32,
+        "INDEXED": False,
         "BLOCK": block,
     }
     if kernel == "push":
@@ -87,7 +88,7 @@ def compile_kernel(
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            kind = {"frozen_ptr": "u8", "iterations_ptr": "i32"}.get(name, accumulator)
+            kind = {"frozen_ptr": "u8", "iterations_ptr": "i32", "index_ptr": "i64"}.get(name, accumulator)
             signature[name] = "*" + (state if name in of_state else kind)
         else:
             signature[name] = "fp64" if name in ("beta", "tol", "ridge") else "i32"

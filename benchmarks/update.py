@@ -29,6 +29,10 @@ PEERS = ("TorchDEQ anderson_solver", "SCS aa (type II)")
 Work = Callable[[], object]
 
 
+REPEATS = 5
+"""Runs of a single short piece of work that are timed together, after one that is not: caches and pages are warm."""
+
+
 def seconds(work: Work, device: torch.device) -> float:
     """One timed run, everything that it asked of the device included."""
     _synchronize(device)
@@ -36,6 +40,17 @@ def seconds(work: Work, device: torch.device) -> float:
     work()
     _synchronize(device)
     return time.perf_counter() - start
+
+
+def seconds_repeated(work: Work, device: torch.device) -> float:
+    """One of REPEATS runs, warm."""
+    work()
+
+    def repeated() -> None:
+        for _ in range(REPEATS):
+            work()
+
+    return seconds(repeated, device) / REPEATS
 
 
 def _synchronize(device: torch.device) -> None:
@@ -126,7 +141,7 @@ def main() -> None:
 
     def overhead(solve: Solve) -> Callable[[], float]:
         def measure() -> float:
-            whole: float = seconds(lambda: solve(f, z0, 0.0, iterations, m), device)
+            whole = seconds(lambda: solve(f, z0, 0.0, iterations, m), device)
             return (whole - seconds(repeat_f, device)) / iterations
 
         return measure
@@ -143,16 +158,16 @@ def main() -> None:
     X, F = torch.randn(batch, m, dim, device=device), torch.randn(batch, m, dim, device=device)
     compiled = torch.compile(eager_update)
     measures: dict[str, Callable[[], float]] = {
-        f"copy floor, {2 * m + 4} units": lambda: seconds(lambda: target.copy_(source), device),
-        "AndersonWindow.step": lambda: seconds(one_step, device),
+        f"copy floor, {2 * m + 4} units": lambda: seconds_repeated(lambda: target.copy_(source), device),
+        "AndersonWindow.step": lambda: seconds_repeated(one_step, device),
         "Anderson (ours), overhead in a solve": overhead(
             lambda f, z, tol, cap, w: Anderson(window=w, tol=tol, max_iter=cap).solve(f, z).z
         ),
         "Forward (ours), overhead in a solve": overhead(
             lambda f, z, tol, cap, w: Forward(tol=tol, max_iter=cap).solve(f, z).z
         ),
-        "formula, eager PyTorch, one update": lambda: seconds(lambda: eager_update(X, F), device),
-        "formula, torch.compile, one update": lambda: seconds(lambda: compiled(X, F), device),
+        "formula, eager PyTorch, one update": lambda: seconds_repeated(lambda: eager_update(X, F), device),
+        "formula, torch.compile, one update": lambda: seconds_repeated(lambda: compiled(X, F), device),
     }
     for name, solve in installed(PEERS).items():
         if device.type == "cpu" or name.startswith("TorchDEQ"):

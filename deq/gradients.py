@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deq.solvers.base import FixedPointMap, Solution, Solver
+from deq.solvers.base import FixedPointMap, Restrict, Solution, Solver
 from kernels.state import accumulator_dtype
 
 Record = Callable[[Solution], None]
@@ -25,11 +25,14 @@ class Gradient(ABC):
     """How the gradient with respect to z* reaches the parameters and the input of f."""
 
     @abstractmethod
-    def attach(self, f: FixedPointMap, z_star: Tensor, solver: Solver, record: Record) -> Tensor:
+    def attach(
+        self, f: FixedPointMap, z_star: Tensor, solver: Solver, record: Record, restrict: Restrict | None = None
+    ) -> Tensor:
         """Returns z*, (B, ...), with a gradient.
 
         Args:
             f: the map, differentiable in whatever it closes over.
+            restrict: f for some samples alone, for solvers that compact; what it closes over is detached.
             z_star: (B, ...) the fixed point, detached.
             solver: the layer's own solver, for gradients that need one and were given none.
             record: called with the account of the backward solve, if there is one, during ``backward``.
@@ -58,11 +61,13 @@ class Implicit(Gradient):
 
     solver: Solver | None = None
 
-    def attach(self, f: FixedPointMap, z_star: Tensor, solver: Solver, record: Record) -> Tensor:
+    def attach(
+        self, f: FixedPointMap, z_star: Tensor, solver: Solver, record: Record, restrict: Restrict | None = None
+    ) -> Tensor:
         z = z_star.detach().requires_grad_()
         with torch.enable_grad():
             f_star = f(z)
-        result: Tensor = _Adjoint.apply(f_star, z, z_star, self.solver or solver, record)
+        result: Tensor = _Adjoint.apply(f_star, z, z_star, self.solver or solver, record, restrict)
         return result
 
 
@@ -77,7 +82,9 @@ class JacobianFree(Gradient):
         JacobianFree()
     """
 
-    def attach(self, f: FixedPointMap, z_star: Tensor, solver: Solver, record: Record) -> Tensor:
+    def attach(
+        self, f: FixedPointMap, z_star: Tensor, solver: Solver, record: Record, restrict: Restrict | None = None
+    ) -> Tensor:
         with torch.enable_grad():
             f_star = f(z_star.detach())
         result: Tensor = _PassThrough.apply(f_star, z_star)
@@ -100,28 +107,55 @@ class _Adjoint(torch.autograd.Function):
     """The value of z*; on the way back, solves for u and hands it to f(z*)."""
 
     @staticmethod
-    def forward(ctx: Any, f_star: Tensor, z: Tensor, z_star: Tensor, solver: Solver, record: Record) -> Tensor:
+    def forward(
+        ctx: Any,
+        f_star: Tensor,
+        z: Tensor,
+        z_star: Tensor,
+        solver: Solver,
+        record: Record,
+        restrict: Restrict | None,
+    ) -> Tensor:
         ctx.save_for_backward(f_star, z)
-        ctx.solver, ctx.record = solver, record
+        ctx.solver, ctx.record, ctx.restrict = solver, record, restrict
         return z_star.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         f_star, z = ctx.saved_tensors
         scale = _power_of_two_norm(grads[0])
         right_side = grads[0] / scale
 
-        def adjoint_map(u: Tensor) -> Tensor:
-            # Only z is asked for, so that no weight gradient is computed here. A cell that does not use z has J = 0.
-            product: Tensor
-            (product,) = torch.autograd.grad(f_star, z, u, retain_graph=True, materialize_grads=True)
-            return product + right_side
+        recorded_again = 0
 
-        solution = ctx.solver.solve(adjoint_map, right_side)
+        def restrict(index: Tensor) -> FixedPointMap:
+            # The products of some samples alone need an evaluation recorded for these alone.
+            nonlocal recorded_again
+            z_part = z.detach()[index].requires_grad_()
+            with torch.enable_grad():
+                f_part = ctx.restrict(index)(z_part)
+            recorded_again += len(index)
+            return _adjoint_map(f_part, z_part, right_side[index])
+
+        solution = ctx.solver.solve(
+            _adjoint_map(f_star, z, right_side), right_side, restrict=restrict if ctx.restrict is not None else None
+        )
         u = solution.z * scale
-        ctx.record(replace(solution, z=u))
-        return u, None, None, None, None
+        ctx.record(replace(solution, z=u, sample_evaluations=solution.sample_evaluations + recorded_again))
+        return u, None, None, None, None, None
+
+
+def _adjoint_map(f_star: Tensor, z: Tensor, right_side: Tensor) -> FixedPointMap:
+    """u -> J^T u + right side, with J = df/dz where f_star = f(z) was recorded."""
+
+    def adjoint_map(u: Tensor) -> Tensor:
+        # Only z is asked for, so that no weight gradient is computed here. A cell that does not use z has J = 0.
+        product: Tensor
+        (product,) = torch.autograd.grad(f_star, z, u, retain_graph=True, materialize_grads=True)
+        return product + right_side
+
+    return adjoint_map
 
 
 def _power_of_two_norm(v: Tensor) -> Tensor:

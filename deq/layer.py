@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from deq.gradients import Gradient, Implicit
 from deq.solvers import Anderson, Solution, Solver
+from deq.solvers.base import FixedPointMap
 
 
 class DEQ(nn.Module):
@@ -60,23 +62,50 @@ class DEQ(nn.Module):
         """The fixed point, (B, ...), started from ``z0`` (zeros in the shape of x unless given).
 
         Raises:
-            ValueError: if the cell returns another shape, dtype or device than the state's.
+            ValueError: if the cell returns another shape, dtype or device than the state's, or a solver compacts and
+                the cell has a batch norm in training mode.
         """
-        autocast = torch.is_autocast_enabled(x.device.type)
+        device_type = x.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        autocast_dtype = torch.get_autocast_dtype(device_type)
         if z0 is None:
             z0 = torch.zeros_like(x)
         if autocast and z0.dtype in (torch.float16, torch.bfloat16):
             z0 = z0.float()
 
-        def f(z: Tensor) -> Tensor:
-            fz = self.cell(z, x)
-            return fz.to(z.dtype) if autocast else fz
+        def map_of(x: Tensor) -> FixedPointMap:
+            def f(z: Tensor) -> Tensor:
+                if not autocast:
+                    return self.cell(z, x)
+                # Named again, since the backward solve may call this where autocast is off.
+                with torch.autocast(device_type, dtype=autocast_dtype):
+                    return self.cell(z, x).to(z.dtype)
 
-        solution = self.solver.solve(f, z0)
+            return f
+
+        def restrict(index: Tensor) -> FixedPointMap:
+            return map_of(x.detach()[index])
+
+        f = map_of(x)
+        given = restrict if self._compacts() else None
+        solution = self.solver.solve(f, z0, restrict=given)
         self.last_solution, self.last_adjoint = solution, None
         if not torch.is_grad_enabled():
             return solution.z
-        return self.gradient.attach(f, solution.z, self.solver, self._record_adjoint)
+        return self.gradient.attach(f, solution.z, self.solver, self._record_adjoint, restrict=given)
+
+    def _compacts(self) -> bool:
+        """Whether any solver of this layer compacts; raises ValueError if the cell cannot bear it."""
+        adjoint = self.gradient.solver if isinstance(self.gradient, Implicit) else None
+        if not (self.solver.compact or (adjoint is not None and adjoint.compact)):
+            return False
+        for name, module in self.cell.named_modules() if isinstance(self.cell, nn.Module) else ():
+            if isinstance(module, _BatchNorm) and (module.training or not module.track_running_stats):
+                raise ValueError(
+                    f"compact=True needs a cell that treats samples independently, but its {name or 'module'} is a "
+                    f"{type(module).__name__} in training mode, which mixes them: use compact=False or a GroupNorm"
+                )
+        return True
 
     def _record_adjoint(self, adjoint: Solution) -> None:
         self.last_adjoint = adjoint

@@ -43,10 +43,11 @@ struct Sample {
     uint8_t* frozen;
     int32_t* iterations;
 
-    Sample(const Window& w, int64_t b, const void* x_, const void* f_, void* out_)
-        : x(static_cast<const T*>(x_) + b * w.dim),
-          f(static_cast<const T*>(f_) + b * w.dim),
-          out(static_cast<T*>(out_) + b * w.dim),
+    // Row p of x, f and out; sample b of the window.
+    Sample(const Window& w, int64_t p, int64_t b, const void* x_, const void* f_, void* out_)
+        : x(static_cast<const T*>(x_) + p * w.dim),
+          f(static_cast<const T*>(f_) + p * w.dim),
+          out(static_cast<T*>(out_) + p * w.dim),
           G(static_cast<T*>(w.G) + b * w.window * w.dim),
           Y(static_cast<T*>(w.Y) + b * w.window * w.dim),
           H(static_cast<T*>(w.H) + b * w.window * w.window),
@@ -251,16 +252,17 @@ void add_pieces(const std::vector<double>& partial, int64_t pieces, int64_t widt
 }
 
 template <typename T>
-void step(const Window& w, const void* x, const void* f, void* out, int64_t slot, int64_t filled, int threads) {
+void step(const Window& w, const void* x, const void* f, void* out, const int64_t* index, int64_t count, int64_t slot,
+          int64_t filled, int threads) {
     const int64_t width = w.window + 1, pieces = (w.dim + PIECE - 1) / PIECE;
-    const bool by_sample = w.batch >= 2 * threads || pieces == 1;
+    const bool by_sample = count >= 2 * threads || pieces == 1;
     if (by_sample) {
-#pragma omp parallel num_threads(threads) if (threads > 1 && w.batch > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1 && count > 1)
         {
             std::vector<double> partial(pieces * width), sums(width);
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t b = 0; b < w.batch; ++b) {
-                const Sample<T> s(w, b, x, f, out);
+            for (int64_t row = 0; row < count; ++row) {
+                const Sample<T> s(w, row, index ? index[row] : row, x, f, out);
                 bool moves = !*s.frozen;
                 if (moves) {
                     std::fill(partial.begin(), partial.end(), 0.0);
@@ -279,8 +281,8 @@ void step(const Window& w, const void* x, const void* f, void* out, int64_t slot
     }
     // Few samples: the threads share each one.
     std::vector<double> partial(pieces * width), sums(width);
-    for (int64_t b = 0; b < w.batch; ++b) {
-        const Sample<T> s(w, b, x, f, out);
+    for (int64_t row = 0; row < count; ++row) {
+        const Sample<T> s(w, row, index ? index[row] : row, x, f, out);
         bool moves = !*s.frozen;
         if (moves) {
             std::fill(partial.begin(), partial.end(), 0.0);
@@ -328,14 +330,15 @@ void residual_norm(int64_t batch, int64_t dim, const T* x, const T* f, T* residu
 
 extern "C" {
 
-void anderson_step_float(const Window* w, const void* x, const void* f, void* out, int64_t slot, int64_t filled,
-                         int32_t threads) {
-    step<float>(*w, x, f, out, slot, filled, threads);
+// x, f, out: `count` rows, that of sample index[row], or of sample `row` where index is null.
+void anderson_step_float(const Window* w, const void* x, const void* f, void* out, const int64_t* index, int64_t count,
+                         int64_t slot, int64_t filled, int32_t threads) {
+    step<float>(*w, x, f, out, index, count, slot, filled, threads);
 }
 
-void anderson_step_double(const Window* w, const void* x, const void* f, void* out, int64_t slot, int64_t filled,
-                          int32_t threads) {
-    step<double>(*w, x, f, out, slot, filled, threads);
+void anderson_step_double(const Window* w, const void* x, const void* f, void* out, const int64_t* index,
+                          int64_t count, int64_t slot, int64_t filled, int32_t threads) {
+    step<double>(*w, x, f, out, index, count, slot, filled, threads);
 }
 
 void residual_norm_float(int64_t batch, int64_t dim, const float* x, const float* f, float* residual, int32_t threads) {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -49,14 +49,29 @@ class WindowState:
     def window(self) -> int:
         return self.G.shape[1]
 
+    def take(self, index: Tensor) -> WindowState:
+        """A copy of the samples in ``index``, (n,) int64."""
+        return replace(self, **{name: tensor[index] for name, tensor in self._tensors().items()})
+
+    def put(self, index: Tensor, part: WindowState) -> None:
+        """The reverse of :meth:`take`."""
+        for name, tensor in self._tensors().items():
+            tensor[index] = getattr(part, name)
+
+    def _tensors(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
 
 class Backend(Protocol):
     """The three operations behind which all backends stand."""
 
-    def step(self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, slot: int, filled: int) -> None:
+    def step(
+        self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, index: Tensor | None, slot: int, filled: int
+    ) -> None:
         """One Anderson iteration: put (x, fx) into row ``slot``, write the next iterate into ``out``.
 
-        x, fx, out: (B, d) contiguous; ``out`` may be ``x`` itself. ``filled``: rows in use, this one included.
+        x, fx, out: (n, d) contiguous; ``out`` may be ``x`` itself. ``index``: (n,) int64, the samples that they belong
+        to, each at most once; None for all B in order. ``filled``: rows in use, this one included.
         """
 
     def residual_norm(self, x: Tensor, fx: Tensor) -> Tensor:

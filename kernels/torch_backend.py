@@ -18,10 +18,15 @@ class TorchBackend:
     def supports(self, window: int) -> bool:
         return window >= 1
 
-    def step(self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, slot: int, filled: int) -> None:
-        finite = _push(state, x, fx, slot, filled)
-        _solve(state, slot, filled, finite)
-        _mix(state, x, out, filled)
+    def step(
+        self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, index: Tensor | None, slot: int, filled: int
+    ) -> None:
+        part = state if index is None else state.take(index)
+        finite = _push(part, x, fx, slot, filled)
+        _solve(part, slot, filled, finite)
+        _mix(part, x, out, filled)
+        if index is not None:
+            state.put(index, part)
 
     def residual_norm(self, x: Tensor, fx: Tensor) -> Tensor:
         return _ratio(_norm(fx - x), _norm(fx))

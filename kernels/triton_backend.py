@@ -35,6 +35,7 @@ def _push(
     Y_ptr,
     partial_ptr,
     frozen_ptr,
+    index_ptr,
     beta: tl.float64,
     dim,
     blocks,
@@ -42,20 +43,25 @@ def _push(
     filled,
     WINDOW: tl.constexpr,
     UNDAMPED: tl.constexpr,
+    INDEXED: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: BLOCK elements of one sample. partial: (B, blocks, WINDOW + 1), the last column for ||f||^2."""
+    """One program: BLOCK elements of one sample. partial: (n, blocks, WINDOW + 1), the last column for ||f||^2.
+
+    Row ``row`` of x and f belongs to sample index[row] of the window, or to sample ``row`` where it is not INDEXED.
+    """
     program = tl.program_id(0)
-    sample = (program // blocks).to(tl.int64)
+    position = (program // blocks).to(tl.int64)
+    sample = tl.load(index_ptr + position) if INDEXED else position
     block = program % blocks
     if tl.load(frozen_ptr + sample) != 0:
         return
     # Within a sample, offsets fit int32 only for d < 2^31: they are 64-bit throughout.
     element = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = element < dim
-    x = tl.load(x_ptr + sample * dim + element, mask=inside, other=0.0).to(ACCUMULATOR)
-    f = tl.load(f_ptr + sample * dim + element, mask=inside, other=0.0).to(ACCUMULATOR)
+    x = tl.load(x_ptr + position * dim + element, mask=inside, other=0.0).to(ACCUMULATOR)
+    f = tl.load(f_ptr + position * dim + element, mask=inside, other=0.0).to(ACCUMULATOR)
     # The Gram matrix belongs to the rows as they are stored: round first, then multiply.
     g_stored = (f - x).to(G_ptr.dtype.element_ty)
     g = g_stored.to(ACCUMULATOR)
@@ -114,6 +120,7 @@ def _mix(
     residual_ptr,
     frozen_ptr,
     iterations_ptr,
+    index_ptr,
     tol: tl.float64,
     ridge: tl.float64,
     dim,
@@ -124,6 +131,7 @@ def _mix(
     ROWS: tl.constexpr,
     SCALED: tl.constexpr,
     IN_PLACE: tl.constexpr,
+    INDEXED: tl.constexpr,
     TINY: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     FINISH_BLOCKS: tl.constexpr,
@@ -133,12 +141,13 @@ def _mix(
     bits; only the first writes the books. Another may read ``frozen`` before or after that write: either way it does
     the same, since a sample that freezes here keeps its x."""
     program = tl.program_id(0)
-    sample = (program // blocks).to(tl.int64)
+    position = (program // blocks).to(tl.int64)
+    sample = tl.load(index_ptr + position) if INDEXED else position
     block = program % blocks
     element = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = element < dim
-    x_here = x_ptr + sample * dim + element
-    out_here = out_ptr + sample * dim + element
+    x_here = x_ptr + position * dim + element
+    out_here = out_ptr + position * dim + element
     if tl.load(frozen_ptr + sample) != 0:
         if not IN_PLACE:
             tl.store(out_here, tl.load(x_here, mask=inside), mask=inside)
@@ -149,7 +158,7 @@ def _mix(
     in_use = row < filled
     h = tl.zeros((ROWS,), tl.float64)
     f_squared = tl.zeros((), tl.float64)
-    partial = partial_ptr + sample * blocks * (WINDOW + 1)
+    partial = partial_ptr + position * blocks * (WINDOW + 1)
     first = 0
     while first < blocks:
         part = first + tl.arange(0, FINISH_BLOCKS)
@@ -260,27 +269,31 @@ class TritonBackend:
     def supports(self, window: int) -> bool:
         return 1 <= window <= MAX_WINDOW
 
-    def step(self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, slot: int, filled: int) -> None:
+    def step(
+        self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, index: Tensor | None, slot: int, filled: int
+    ) -> None:
         batch_size, window, dim = state.G.shape
         block, blocks, warps = launch_shape(dim, window, _warp_size(x.device))
         accumulator = _TL_DTYPE[state.H.dtype]
         if self._partial is None:
             self._partial = state.H.new_empty(batch_size, blocks, window + 1)
         frozen = state.frozen.view(torch.uint8)
-        grid = (batch_size * blocks,)
+        grid = (x.shape[0] * blocks,)
         shared: dict[str, Any] = {
             "WINDOW": window,
             "ACCUMULATOR": accumulator,
+            "INDEXED": index is not None,
             "BLOCK": block,
             "num_warps": warps,
         }
+        samples = frozen if index is None else index  # a pointer that is not read where there is no index
         _push[grid](
-            x, fx, state.G, state.Y, self._partial, frozen, state.beta, dim, blocks, slot, filled,
+            x, fx, state.G, state.Y, self._partial, frozen, samples, state.beta, dim, blocks, slot, filled,
             UNDAMPED=state.beta == 1.0, **shared,
         )  # fmt: skip
         _mix[grid](
             x, out, state.Y, state.H, self._partial, state.row_residual, state.weights, state.residual, frozen,
-            state.iterations, state.tol, state.ridge, dim, blocks, slot, filled,
+            state.iterations, samples, state.tol, state.ridge, dim, blocks, slot, filled,
             ROWS=triton.next_power_of_2(window), SCALED=state.scaled, IN_PLACE=out.data_ptr() == x.data_ptr(),
             TINY=torch.finfo(state.H.dtype).tiny, FINISH_BLOCKS=_FINISH_BLOCKS, **shared,
         )  # fmt: skip

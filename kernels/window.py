@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from . import native_backend
+from . import history, native_backend
 from .state import Backend, WindowState, accumulator_dtype
 from .torch_backend import TorchBackend
 
@@ -147,9 +147,10 @@ class AndersonWindow:
         def full(*shape: int, value: float, dtype: torch.dtype = accumulator) -> Tensor:
             return torch.full(shape, value, device=home, dtype=dtype)
 
+        G, Y = history.allocate(self, (2, batch_size, window, dim), home, dtype)
         self._state = WindowState(
-            G=torch.empty(batch_size, window, dim, device=home, dtype=dtype),
-            Y=torch.empty(batch_size, window, dim, device=home, dtype=dtype),
+            G=G,
+            Y=Y,
             H=full(batch_size, window, window, value=0.0),
             row_residual=full(batch_size, window, value=math.inf),
             weights=full(batch_size, window, value=0.0),
@@ -183,8 +184,11 @@ class AndersonWindow:
         """(B,) int32: steps each sample took part in."""
         return self._state.iterations
 
-    def step(self, x: Tensor, fx: Tensor, *, out: Tensor | None = None) -> Tensor:
+    def step(self, x: Tensor, fx: Tensor, *, out: Tensor | None = None, index: Tensor | None = None) -> Tensor:
         """Takes x and f(x), both (B, d); returns the next iterate, (B, d).
+
+        With ``index``, (n,) int64, only these samples take the step (each at most once), and x, fx and the result are
+        (n, d): what became of the others stays in the window.
 
         The result is written to ``out`` if given: a contiguous (B, d) tensor, which may be ``x`` itself. For frozen
         samples, and for one that freezes in this very step, it is x.
@@ -194,6 +198,13 @@ class AndersonWindow:
         """
         state = self._state
         batch_size, window, dim = state.G.shape
+        if index is not None:
+            if index.ndim != 1 or index.dtype != torch.int64 or index.device != state.G.device or len(index) == 0:
+                raise ValueError(
+                    f"index must be (n,) int64 on {state.G.device} with n at least 1, "
+                    f"got {tuple(index.shape)} {index.dtype} on {index.device}"
+                )
+            index, batch_size = index.contiguous(), len(index)
         for name, tensor in (("x", x), ("fx", fx), ("out", out)):
             if tensor is None:
                 continue
@@ -210,7 +221,7 @@ class AndersonWindow:
             raise ValueError(f"out must be contiguous, got strides {out.stride()}")
         slot = self._steps % window
         self._steps += 1
-        self._backend.step(state, x.contiguous(), fx.contiguous(), out, slot, min(self._steps, window))
+        self._backend.step(state, x.contiguous(), fx.contiguous(), out, index, slot, min(self._steps, window))
         return out
 
     def best(self, x: Tensor) -> tuple[Tensor, Tensor]:

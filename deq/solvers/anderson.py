@@ -21,7 +21,7 @@ class Anderson(Solver):
     Args:
         window: m, at least 1 (1 is the damped forward iteration).
         beta: mixing parameter in (0, 1]; 1 mixes the values f_i, smaller values pull towards the iterates x_i.
-        tol, max_iter, stop: see :class:`~deq.solvers.base.Solver`.
+        tol, max_iter, stop, compact: see :class:`~deq.solvers.base.Solver`.
         regularization: ``scaled`` (unaffected by the scale of f) or ``absolute`` (what TorchDEQ and jaxopt do).
         ridge: strength of the regularisation; default 1e-6 for ``scaled``, 1e-4 for ``absolute``.
         backend: ``auto``, ``triton``, ``native`` or ``torch``.
@@ -55,7 +55,7 @@ class Anderson(Solver):
         )
 
     def start(self, x: Tensor) -> _AndersonIteration:
-        return _AndersonIteration(
+        window = AndersonWindow(
             x.shape[0],
             x.shape[1],
             self.window,
@@ -65,12 +65,24 @@ class Anderson(Solver):
             backend=self.backend,
             regularization=self.regularization,
             ridge=self.ridge,
-            tol=self._freeze_tol,
+            # Under the mean test every sample goes on lowering the mean until all stop together.
+            tol=self.tol if self.stop == "max" else None,
         )
+        return _AndersonIteration(window, self)
 
 
-class _AndersonIteration(AndersonWindow):
+class _AndersonIteration:
     """An AndersonWindow that updates the iterate in place, so that frozen samples are never touched."""
 
-    def step(self, x: Tensor, fx: Tensor, *, out: Tensor | None = None) -> Tensor:
-        return super().step(x, fx, out=x if out is None else out)
+    def __init__(self, window: AndersonWindow, solver: Anderson) -> None:
+        self._window, self._solver = window, solver
+        self.residual, self.frozen, self.iterations = window.residual, window.frozen, window.iterations
+
+    def step(self, x: Tensor, fx: Tensor, index: Tensor | None) -> Tensor:
+        x_next = self._window.step(x, fx, out=x, index=index)
+        if self._solver.stop == "mean":
+            self.frozen |= self._solver.mean_is_met(self.residual, self.frozen)
+        return x_next
+
+    def best(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._window.best(x)

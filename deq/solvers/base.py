@@ -28,6 +28,8 @@ class Solution:
     """(B,) int32: evaluations of f that each sample took part in before it converged or was given up."""
     evaluations: int
     """Evaluations of f, batch-wide."""
+    sample_evaluations: int
+    """Evaluations of f summed over the samples that took part in each: B x evaluations without compaction."""
     converged: Tensor
     """(B,) bool: residual <= tol."""
     trace: Tensor | None = None
@@ -47,8 +49,12 @@ def _spread(values: Tensor, form: str) -> str:
     return f"{low:{form}}" if low == high else f"{low:{form}} to {high:{form}}"
 
 
+Restrict = Callable[[Tensor], FixedPointMap]
+"""Index of samples, (n,) int64 -> the map for these alone."""
+
+
 class Iteration(Protocol):
-    """The state of one solve; made anew for each. x and fx are (B, d)."""
+    """The state of one solve; made anew for each."""
 
     @property
     def residual(self) -> Tensor:
@@ -62,11 +68,17 @@ class Iteration(Protocol):
     def iterations(self) -> Tensor:
         """(B,) int32: steps that each sample took part in."""
 
-    def step(self, x: Tensor, fx: Tensor) -> Tensor:
-        """Takes x and f(x) into account; returns the next iterate. May write into x, never into fx."""
+    def step(self, x: Tensor, fx: Tensor, index: Tensor | None) -> Tensor:
+        """Takes x and f(x) into account; returns the next iterate. May write into x, never into fx.
+
+        x, fx: (n, d), those of the samples in ``index``, (n,) int64, or (B, d) where it is None.
+        """
 
     def best(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The iterate of lowest residual, and that residual. x: what the last step returned."""
+        """The iterate of lowest residual, (B, d), and that residual, (B,).
+
+        x: (B, d), what the last step that a sample took part in returned for it.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +89,19 @@ class Solver(ABC):
     the solve ends when every sample is at ``tol`` or below, and a sample that gets there is frozen: it is not moved
     any more. With ``stop="mean"`` it ends when the batch mean is, and no sample is frozen before. At most
     ``max_iter`` evaluations of f are made.
+
+    With ``compact`` the evaluations of f shrink with the number of samples that still move: once a quarter of those
+    evaluated has frozen, f is asked about the others alone. That needs a map that can be restricted to some samples
+    (``solve(..., restrict=)``; a DEQ layer does it by itself) and that treats samples independently.
+
+    On a GPU the loop never waits for the iteration that it has just launched: how many samples still move is read
+    one iteration late, through pinned memory. That costs one evaluation more, in which nothing moves.
     """
 
     tol: float = 1e-3
     max_iter: int = 50
     stop: Stop = "max"
+    compact: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError, naming value, limit and fix."""
@@ -93,74 +113,122 @@ class Solver(ABC):
             raise ValueError(f"max_iter must be at least 1, got {self.max_iter}")
         if self.stop not in get_args(Stop):
             raise ValueError(f"stop must be one of {get_args(Stop)}, got {self.stop!r}")
+        if not isinstance(self.compact, bool):
+            raise ValueError(f"compact must be true or false, got {self.compact!r}")
 
     @abstractmethod
     def start(self, x: Tensor) -> Iteration:
         """The state of a solve that begins at x, (B, d) contiguous."""
 
     @torch.no_grad()
-    def solve(self, f: FixedPointMap, z0: Tensor, *, trace: bool = False) -> Solution:
+    def solve(self, f: FixedPointMap, z0: Tensor, *, trace: bool = False, restrict: Restrict | None = None) -> Solution:
         """Iterates from ``z0`` until the stopping test holds or ``max_iter`` evaluations are made.
 
         Args:
             f: (B, ...) -> (B, ...), of the same shape, dtype and device. It must not write into its argument.
             z0: (B, ...) floating point, the initial iterate; it is not modified.
             trace: keep the residual of every sample after every evaluation.
+            restrict: index, (n,) int64 -> f for these samples alone, (n, ...) -> (n, ...); needed by ``compact``.
 
         Raises:
-            ValueError: if ``z0`` has no elements or is not floating point, or f returns another shape, dtype or
-                device, or writes into its argument.
+            ValueError: if ``z0`` has no elements or is not floating point; if f returns another shape, dtype or
+                device, or writes into its argument; if ``compact`` is on without ``restrict``.
         """
         if z0.ndim < 1 or z0.numel() == 0 or not z0.is_floating_point():
             raise ValueError(
                 f"z0 must be (B, ...) floating point with at least one element, got {tuple(z0.shape)} {z0.dtype}"
             )
-        x = z0.reshape(z0.shape[0], -1).clone(memory_format=torch.contiguous_format)
+        if self.compact and restrict is None:
+            raise ValueError(
+                "compact=True needs restrict=, which gives f for some samples alone (or use compact=False)"
+            )
+        batch_size = z0.shape[0]
+        x = z0.reshape(batch_size, -1).clone(memory_format=torch.contiguous_format)
+        x_all, index = x, None
         iteration = self.start(x)
+        moving = MovingSamples(batch_size, x.device)
         residuals: list[Tensor] = []
-        evaluations = 0
+        evaluations = sample_evaluations = 0
         while evaluations < self.max_iter:
-            fx = _evaluate(f, x, z0)
+            fx = _evaluate(f, x, (x.shape[0], *z0.shape[1:]))
             evaluations += 1
-            x = iteration.step(x, fx)
+            sample_evaluations += x.shape[0]
+            x = iteration.step(x, fx, index)
             if trace:
                 residuals.append(iteration.residual.clone())
-            if self._finished(iteration):
+            left = moving.count(iteration.frozen)
+            if left == 0:
                 break
-        z, residual = iteration.best(x)
+            if self.compact and restrict is not None and left <= _COMPACT_AT * x.shape[0]:
+                x_all = _put(x_all, x, index)
+                # Samples that move come first; should one have frozen since they were counted, it is along for a while.
+                index = torch.argsort(iteration.frozen, stable=True)[:left].sort().values
+                x = x_all[index]
+                f = restrict(index)
+        z, residual = iteration.best(_put(x_all, x, index))
         return Solution(
             z=z.view(z0.shape),
             residual=residual,
             iterations=iteration.iterations.clone(),
             evaluations=evaluations,
+            sample_evaluations=sample_evaluations,
             converged=residual <= self.tol,
             trace=torch.stack(residuals) if trace else None,
         )
 
-    @property
-    def _freeze_tol(self) -> float | None:
-        # Under the mean test every sample goes on lowering the mean until all stop together.
-        return self.tol if self.stop == "max" else None
-
-    def _finished(self, iteration: Iteration) -> bool:
-        done = iteration.frozen.all()
-        if self.stop == "mean":
-            # Samples whose f is not finite are given up; they do not keep the others from stopping.
-            mean = torch.where(iteration.frozen, 0.0, iteration.residual).sum() / (~iteration.frozen).sum()
-            done = done | (mean <= self.tol)
-        return bool(done)
+    def mean_is_met(self, residual: Tensor, frozen: Tensor) -> Tensor:
+        """() bool: whether the mean test ends the solve. residual, frozen: (B,)."""
+        # Samples whose f is not finite are given up and frozen; they do not keep the others from stopping.
+        return torch.where(frozen, 0.0, residual).sum() / (~frozen).sum() <= self.tol
 
 
-def _evaluate(f: FixedPointMap, x: Tensor, z0: Tensor) -> Tensor:
+_COMPACT_AT = 0.75
+"""Share of the samples last evaluated at which the others are left out: a new batch size costs f something, too."""
+
+
+class MovingSamples:
+    """How many samples still move, for the host: at once on a CPU, one iteration late on a GPU.
+
+    There the count of the iteration before is waited for, so that the device always has an iteration in hand. A late
+    count is never too low: samples freeze and stay frozen.
+    """
+
+    def __init__(self, batch_size: int, device: torch.device) -> None:
+        self._late = device.type == "cuda"
+        self._previous = batch_size
+        if self._late:
+            self._counts = torch.empty(2, dtype=torch.int64, pin_memory=True)
+            self._events = (torch.cuda.Event(), torch.cuda.Event())
+            self._reads = 0
+
+    def count(self, frozen: Tensor) -> int:
+        """frozen: (B,) bool."""
+        moving = (~frozen).sum()
+        if not self._late:
+            return int(moving)
+        now = self._reads % 2
+        self._counts[now].copy_(moving, non_blocking=True)
+        self._events[now].record()
+        self._reads += 1
+        if self._reads == 1:
+            return self._previous
+        self._events[1 - now].synchronize()
+        return int(self._counts[1 - now])
+
+
+def _put(x_all: Tensor, x: Tensor, index: Tensor | None) -> Tensor:
+    """The iterates of all samples: (B, d)."""
+    return x if index is None else x_all.index_copy(0, index, x)
+
+
+def _evaluate(f: FixedPointMap, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """f at the flat iterate x, flat again and checked."""
     # Inference tensors count no versions; under inference mode a write into the argument goes unnoticed.
     version = None if x.is_inference() else x._version
-    fz = f(x.view(z0.shape))
-    if not isinstance(fz, Tensor) or fz.shape != z0.shape or fz.dtype != z0.dtype or fz.device != z0.device:
+    fz = f(x.view(shape))
+    if not isinstance(fz, Tensor) or fz.shape != shape or fz.dtype != x.dtype or fz.device != x.device:
         got = f"{tuple(fz.shape)} {fz.dtype} on {fz.device}" if isinstance(fz, Tensor) else type(fz).__name__
-        raise ValueError(
-            f"f must return what it is given, {tuple(z0.shape)} {z0.dtype} on {z0.device}, but it returned {got}"
-        )
+        raise ValueError(f"f must return what it is given, {shape} {x.dtype} on {x.device}, but it returned {got}")
     if version is not None and x._version != version:
         raise ValueError("f wrote into its argument, which is the solver's iterate: let f work on z.clone()")
     return fz.reshape(x.shape)

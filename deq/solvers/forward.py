@@ -19,7 +19,7 @@ class Forward(Solver):
 
     Args:
         beta: damping in (0, 1]; 1 is the plain iteration ``x_next = f(x)``.
-        tol, max_iter, stop: see :class:`~deq.solvers.base.Solver`.
+        tol, max_iter, stop, compact: see :class:`~deq.solvers.base.Solver`.
 
     Raises:
         ValueError: for an option outside its limits.
@@ -38,30 +38,44 @@ class Forward(Solver):
             raise ValueError(f"beta must be above 0 and at most 1, got {self.beta} (1 is no damping)")
 
     def start(self, x: Tensor) -> _ForwardIteration:
-        return _ForwardIteration(x, self.beta, self._freeze_tol)
+        return _ForwardIteration(x, self)
 
 
 class _ForwardIteration:
     """Two buffers that change places, so that the iterate last evaluated is still there when the solve ends."""
 
-    def __init__(self, x: Tensor, beta: float, freeze_tol: float | None) -> None:
-        self._beta = beta
-        self._freeze_tol = -1.0 if freeze_tol is None else freeze_tol
+    def __init__(self, x: Tensor, solver: Forward) -> None:
+        self._solver = solver
         self._evaluated, self._spare = x, torch.empty_like(x)
+        self._index: Tensor | None = None
         self.residual = torch.full((x.shape[0],), torch.inf, dtype=accumulator_dtype(x.dtype), device=x.device)
         self.frozen = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
         self.iterations = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
 
-    def step(self, x: Tensor, fx: Tensor) -> Tensor:
-        active = ~self.frozen
-        self.iterations += active
-        self.residual = torch.where(active, residual_norm(x, fx), self.residual)
-        self.frozen = self.frozen | (self.residual <= self._freeze_tol) | ~torch.isfinite(self.residual)
+    def step(self, x: Tensor, fx: Tensor, index: Tensor | None) -> Tensor:
+        part = slice(None) if index is None else index
+        active = ~self.frozen[part]
+        self.iterations[part] += active
+        residual = torch.where(active, residual_norm(x, fx), self.residual[part])
+        self.residual[part] = residual
+        frozen = ~active | ~torch.isfinite(residual)
+        if self._solver.stop == "max":
+            frozen |= residual <= self._solver.tol
+        self.frozen[part] = frozen
+        if self._solver.stop == "mean":
+            # Before the step, so that what is frozen stays at the iterate that its residual belongs to.
+            self.frozen |= self._solver.mean_is_met(self.residual, self.frozen)
+            frozen = self.frozen[part]
         # y = f - (1 - beta) (f - x): beta = 1 gives f itself, without rounding.
-        moved = fx if self._beta == 1.0 else torch.lerp(fx, x, 1.0 - self._beta)
-        self._evaluated = x
-        x_next, self._spare = torch.where(self.frozen[:, None], x, moved, out=self._spare), x
+        beta = self._solver.beta
+        moved = fx if beta == 1.0 else torch.lerp(fx, x, 1.0 - beta)
+        if self._spare.shape != x.shape:
+            self._spare = torch.empty_like(x)
+        x_next, self._spare = torch.where(frozen[:, None], x, moved, out=self._spare), x
+        self._evaluated, self._index = x, index
         return x_next
 
     def best(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._evaluated, self.residual
+        # Samples that were left out are frozen, at the iterate that they were last evaluated at.
+        z = self._evaluated if self._index is None else x.index_copy(0, self._index, self._evaluated)
+        return z, self.residual

@@ -444,3 +444,34 @@ def test_half_precision_on_a_cpu_uses_pytorch() -> None:
     assert isinstance(AndersonWindow(2, 8, device="cpu")._backend, native_backend.NativeBackend)
     half = AndersonWindow(2, 8, device="cpu", dtype=torch.bfloat16)
     assert isinstance(half._backend, torch_backend.TorchBackend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_of_some_samples_is_their_part_of_a_step_of_all(backend: BackendName) -> None:
+    X, F = random_sequence(6, 5, 90)
+    device = device_of(backend)
+    index = torch.tensor([0, 2, 4], device=device)
+    whole, part = make(backend, X, 3), make(backend, X, 3)
+    for k, (x, fx) in enumerate(zip(X.to(device), F.to(device), strict=True)):
+        expected = whole.step(x, fx)
+        if k < 3:
+            got = part.step(x, fx)
+            assert torch.equal(got, expected)
+        else:
+            got = part.step(x[index], fx[index], index=index)
+            assert torch.equal(got, expected[index])
+    assert torch.equal(part.residual[index], whole.residual[index])
+    assert part.iterations.tolist() == [6, 3, 6, 3, 6]
+    others = [1, 3]
+    residuals = torch.stack([relative_residual(x, fx) for x, fx in zip(X[:3], F[:3], strict=True)])
+    torch.testing.assert_close(part.best(expected)[1][others].cpu().double(), residuals.min(dim=0).values[others])
+
+
+def test_an_index_that_does_not_fit_is_refused() -> None:
+    window = AndersonWindow(4, 8, device="cpu")
+    x = torch.zeros(2, 8)
+    for index in (torch.tensor([0.0, 1.0]), torch.zeros(0, dtype=torch.int64), torch.tensor([[0, 1]])):
+        with pytest.raises(ValueError, match=r"index must be \(n,\) int64"):
+            window.step(x, x, index=index)
+    with pytest.raises(ValueError, match=r"x must be \(3, 8\)"):
+        window.step(x, x, index=torch.tensor([0, 1, 2]))

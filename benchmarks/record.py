@@ -28,6 +28,11 @@ def machine() -> dict[str, str]:
     return facts
 
 
+def folder_of(out: Path) -> Path:
+    """Where this machine's results go."""
+    return out / re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
+
+
 def device_name() -> str:
     """The GPU if there is one, else the CPU with the cores that this process may use."""
     if torch.cuda.is_available():
@@ -64,7 +69,7 @@ def show_and_save(
     print(f"{about}\n{conditions}\n\n{text}")
     if out is None:
         return
-    folder = out / re.sub(r"[^a-z0-9]+", "-", facts["machine"].lower()).strip("-")
+    folder = folder_of(out)
     folder.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"name": name, "command": command, "conditions": conditions, **facts}
     record["rows"] = [dict(zip(head, row, strict=True)) for row in rows]

@@ -1,0 +1,245 @@
+"""Time, evaluations and sample evaluations to tolerance: forward iteration, ours, and every peer.
+
+    python -m benchmarks.solve --cell CELL.npz [CELL.npz ...]
+
+Problems: affine maps of spectral radius 0.9 and 0.99, and for each trained cell (``python -m benchmarks.cell`` makes
+one) its equilibrium from z = 0 and the adjoint equation at the point that 100 forward iterations give. Every solver
+is run twice. Once watched: at every call of f the relative residual of every sample is looked at, and a sample counts
+as solved at the first call at which it is at tol. Then timed, unwatched, the median of rounds taken in turns.
+Unconverged samples are counted at the cap. *Sample evaluations* are evaluations of f summed over the samples handed
+to it, until the solver returned: what the solver cost, not only what it needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.cell import load_cell
+from benchmarks.peers import FixedPointMap, Solve, installed
+from benchmarks.problems import Affine, affine
+from benchmarks.record import RESULTS, folder_of, show_and_save
+from deq.solvers import Anderson, Forward, Solver
+from deq.solvers.base import Restrict
+from kernels import residual_norm
+
+
+@dataclass(frozen=True)
+class Problem:
+    """z = f(z) for z (B, d) float32, from z0; ``restrict`` gives f for some samples alone."""
+
+    name: str
+    f: FixedPointMap
+    z0: Tensor
+    restrict: Restrict
+
+
+def affine_problem(rho: float) -> Problem:
+    f = affine(rho, lowest=-rho, batch=32, dim=256).to(torch.float32)
+    return Problem(f"affine, rho {rho}", f, f.zero, lambda index: Affine(f.A, f.b[index]))
+
+
+def cell_problems(path: Path) -> list[Problem]:
+    """The equilibrium and the adjoint equation of a trained cell."""
+    cell, injection = load_cell(path)
+    batch = injection.shape[0]
+
+    def flat(index: Tensor) -> FixedPointMap:
+        x = injection[index]
+        return lambda z: cell(z.view(x.shape), x).flatten(1)
+
+    everyone = torch.arange(batch)
+    equilibrium = Problem(f"{path.stem} equilibrium", flat(everyone), torch.zeros(batch, injection[0].numel()), flat)
+    with torch.no_grad():
+        z = torch.zeros_like(injection)
+        for _ in range(100):
+            z = cell(z, injection)
+    torch.manual_seed(1)
+    right_side = 1e-4 * torch.randn_like(z)
+
+    def adjoint(index: Tensor) -> FixedPointMap:
+        with torch.enable_grad():
+            z_part = z[index].requires_grad_()
+            f_part = cell(z_part, injection[index])
+
+        def product(u: Tensor) -> Tensor:
+            (Ju,) = torch.autograd.grad(f_part, z_part, u.view(f_part.shape), retain_graph=True)
+            return (Ju + right_side[index]).flatten(1)
+
+        return product
+
+    return [equilibrium, Problem(f"{path.stem} adjoint", adjoint(everyone), torch.zeros_like(equilibrium.z0), adjoint)]
+
+
+class Watched:
+    """f with eyes: which call first met the tolerance, for every sample, and how many samples were evaluated."""
+
+    def __init__(self, problem: Problem, tol: float) -> None:
+        self.problem, self.tol = problem, tol
+        self.first = torch.zeros(problem.z0.shape[0], dtype=torch.int64)
+        self.calls = self.sample_evaluations = 0
+
+    def on(self, f: FixedPointMap, index: Tensor) -> FixedPointMap:
+        def watched(z: Tensor) -> Tensor:
+            fz = f(z)
+            self.calls += 1
+            self.sample_evaluations += z.shape[0]
+            met = residual_norm(z, fz) <= self.tol
+            fresh = index[met & (self.first[index] == 0)]
+            self.first[fresh] = self.calls
+            return fz
+
+        return watched
+
+    @property
+    def f(self) -> FixedPointMap:
+        return self.on(self.problem.f, torch.arange(len(self.first)))
+
+    def restrict(self, index: Tensor) -> FixedPointMap:
+        return self.on(self.problem.restrict(index), index)
+
+
+Run = Callable[[FixedPointMap, Tensor, Restrict, float, int], object]
+
+
+def ours(make: Callable[[float, int], Solver]) -> Run:
+    return lambda f, z0, restrict, tol, cap: make(tol, cap).solve(f, z0, restrict=restrict)
+
+
+def peer(solve: Solve, window: int) -> Run:
+    return lambda f, z0, restrict, tol, cap: solve(f, z0, tol, cap, window)
+
+
+def solvers() -> dict[str, Run]:
+    """Ours and the peers that are installed."""
+    runs: dict[str, Run] = {
+        "forward iteration": ours(lambda tol, cap: Forward(tol=tol, max_iter=cap)),
+        "forward iteration, compact": ours(lambda tol, cap: Forward(tol=tol, max_iter=cap, compact=True)),
+        "Anderson m = 5": ours(lambda tol, cap: Anderson(window=5, tol=tol, max_iter=cap)),
+        "Anderson m = 10": ours(lambda tol, cap: Anderson(window=10, tol=tol, max_iter=cap)),
+        "Anderson m = 10, compact": ours(lambda tol, cap: Anderson(window=10, tol=tol, max_iter=cap, compact=True)),
+    }
+    for name, solve in installed().items():
+        window = 10 if name.startswith("TorchDEQ and") else 5
+        runs[name if "broyden" in name else f"{name}, m = {window}"] = peer(solve, window)
+    return runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--cell", type=Path, nargs="*", default=[], help="trained cells, as benchmarks.cell writes them"
+    )
+    parser.add_argument("--tol", type=float, default=1e-2, help="relative residual, every sample")
+    parser.add_argument("--cap", type=int, default=50, help="evaluations at most")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=None, help=f"folder for results ({RESULTS.name}/ here)")
+    options = parser.parse_args()
+    problems = [affine_problem(0.9), affine_problem(0.99)]
+    problems += [problem for path in options.cell for problem in cell_problems(path)]
+    rows: list[list[object]] = []
+    traces: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for problem in problems:
+        runs = solvers()
+        watched = {name: Watched(problem, options.tol) for name in runs}
+        for name, run in runs.items():
+            watch = watched[name]
+            run(watch.f, problem.z0, watch.restrict, options.tol, options.cap)
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(options.rounds):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run(problem.f, problem.z0, problem.restrict, options.tol, options.cap)
+                seconds[name].append(time.perf_counter() - start)
+        baseline = watched["forward iteration"]
+        for name, watch in watched.items():
+            needed = torch.where(watch.first == 0, options.cap, watch.first).float()
+            ratios = [a / b for a, b in zip(seconds["forward iteration"], seconds[name], strict=True)]
+            never = 100 * (watch.first == 0).float().mean().item()
+            rows.append(
+                [
+                    problem.name,
+                    name,
+                    f"{needed.mean():.1f}",
+                    f"{needed.quantile(0.9):.0f}",
+                    f"{never:.0f} %",
+                    watch.sample_evaluations,
+                    f"{watch.sample_evaluations / baseline.sample_evaluations:.2f}",
+                    f"{statistics.median(seconds[name]) * 1e3:.0f}",
+                    f"{min(seconds[name]) * 1e3:.0f} to {max(seconds[name]) * 1e3:.0f}",
+                    f"{statistics.median(ratios):.2f}",
+                ]
+            )
+        traces[problem.name] = residual_against_seconds(problem, options.cap)
+    stem = f"solve-tol{options.tol:g}"
+    show_and_save(
+        stem,
+        f"python -m benchmarks.solve --cell {' '.join(path.name for path in options.cell)} --tol {options.tol:g}",
+        f"Relative residual {options.tol:g} of every sample, at most {options.cap} evaluations, B = 32, float32, "
+        f"{options.rounds} rounds, {torch.get_num_threads()} threads.",
+        ["problem", "solver", "mean", "90 %", "never", "sample evaluations", "of forward", "ms", "range", "speedup"],
+        rows,
+        options.out,
+    )
+    if options.out is not None:
+        draw(traces, options.tol, folder_of(options.out) / f"{stem}.png")
+
+
+def residual_against_seconds(problem: Problem, cap: int) -> dict[str, list[tuple[float, float]]]:
+    """The batch's mean relative residual against the seconds since the solve began, watching left out of the time."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for name, run in solvers().items():
+        if "compact" in name:
+            continue
+        curve: list[tuple[float, float]] = []
+        watching = 0.0
+        start = time.perf_counter()
+
+        def f(z: Tensor, curve: list[tuple[float, float]] = curve) -> Tensor:
+            nonlocal watching
+            fz = problem.f(z)
+            now = time.perf_counter()
+            curve.append((now - start - watching, float(residual_norm(z, fz).mean())))  # noqa: B023
+            watching += time.perf_counter() - now
+            return fz
+
+        run(f, problem.z0, problem.restrict, 0.0, cap)
+        curves[name] = curve
+    return curves
+
+
+def draw(traces: dict[str, dict[str, list[tuple[float, float]]]], tol: float, path: Path) -> None:
+    """One panel a problem: residual against seconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    columns = 2
+    lines = -(-len(traces) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(11, 3.3 * lines), squeeze=False)
+    for panel, (name, curves) in zip(axes.flat, traces.items(), strict=False):
+        for label, curve in curves.items():
+            mine = label.startswith(("Anderson", "forward"))
+            panel.plot(*zip(*curve, strict=True), label=label, linewidth=2.2 if mine else 1.1, alpha=1 if mine else 0.8)
+        panel.axhline(tol, color="0.6", linewidth=0.8, linestyle="--")
+        longest = max(curve[-1][0] for label, curve in curves.items() if label.startswith(("Anderson", "forward")))
+        panel.set(title=name, yscale="log", xlim=(0, 1.6 * longest), xlabel="seconds", ylabel="mean relative residual")
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in axes.flat[len(traces) :]:
+        panel.set_visible(False)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="lower center", ncols=4, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.savefig(path, dpi=110)
+    print(f"drawn to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -21,6 +21,7 @@ from deq.command import launch, pick_device, resume_hint, validate
 from deq.data import Batches
 from deq.display import Display
 from deq.errors import values_of_the_user
+from deq.files import shown
 from deq.interrupt import Interrupted
 from deq.tracking import Tracker
 from deq.training import Trainer, count_parameters
@@ -95,7 +96,7 @@ def main(config: DictConfig) -> float:
             display.say(f"stopped by {error} at step {trainer.position.step}; go on with:\n  {resume_hint(folder)}")
         raise
     tracker.finish(summary)
-    notes = {"files": str(folder)} | ({"W&B": tracker.wandb_note} if tracker.wandb_note else {})
+    notes = {"files": shown(folder)} | ({"W&B": tracker.wandb_note} if tracker.wandb_note else {})
     display.table(summary, trainer.comparison, notes)
     return summary["test/accuracy"]
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import platform
 import re
 from collections.abc import Sequence
@@ -14,12 +12,14 @@ from typing import Any
 
 import torch
 
+from deq.machine import code_version, cores, processor_name
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, str]:
     """The machine and the versions that a measurement belongs to."""
-    facts = {"machine": device_name(), "python": platform.python_version(), "system": platform.system()}
+    facts = {"machine": device_name(), "code": code_version() or "unknown", "python": platform.python_version()}
     for package in ("torch", "triton", "torchdeq", "jaxopt", "jax", "anderson-acceleration", "scipy"):
         try:
             facts[package] = metadata.version(package)
@@ -37,11 +37,7 @@ def device_name() -> str:
     """The GPU if there is one, else the CPU with the cores that this process may use."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, IndexError):
-        model = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[0]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{model}, {cores} cores"
+    return f"{processor_name()}, {cores()} cores"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

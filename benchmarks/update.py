@@ -123,6 +123,9 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=5)
     parser.add_argument("--iterations", type=int, default=20, help="K, of one solve")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="the compiled formula too"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=None, help=f"folder for results ({RESULTS.name}/ here)")
     options = parser.parse_args()
@@ -156,7 +159,6 @@ def main() -> None:
         window.step(xs[k % 3], xs[(k + 1) % 3], out=out)
 
     X, F = torch.randn(batch, m, dim, device=device), torch.randn(batch, m, dim, device=device)
-    compiled = torch.compile(eager_update)
     measures: dict[str, Callable[[], float]] = {
         f"copy floor, {2 * m + 4} units": lambda: seconds_repeated(lambda: target.copy_(source), device),
         "AndersonWindow.step": lambda: seconds_repeated(one_step, device),
@@ -167,8 +169,10 @@ def main() -> None:
             lambda f, z, tol, cap, w: Forward(tol=tol, max_iter=cap).solve(f, z).z
         ),
         "formula, eager PyTorch, one update": lambda: seconds_repeated(lambda: eager_update(X, F), device),
-        "formula, torch.compile, one update": lambda: seconds_repeated(lambda: compiled(X, F), device),
     }
+    if options.compile:
+        compiled = torch.compile(eager_update)
+        measures["formula, torch.compile, one update"] = lambda: seconds_repeated(lambda: compiled(X, F), device)
     for name, solve in installed(PEERS).items():
         if device.type == "cpu" or name.startswith("TorchDEQ"):
             measures[f"{name}, overhead in a solve"] = overhead(solve)

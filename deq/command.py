@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError
 
 from deq.errors import UserError, first_line, values_of_the_user
+from deq.files import shown
 from deq.interrupt import Interrupted
 from deq.solvers import Anderson
 from deq.training import PRECISIONS, SCHEDULES
@@ -136,8 +137,7 @@ def pick_device(name: str) -> torch.device:
 def resume_hint(folder: Path) -> str:
     """The command that goes on with the run in ``folder``."""
     overrides = [one for one in HydraConfig.get().overrides.task if not one.startswith("resume=")]
-    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    return shlex.join(["python", Path(sys.argv[0]).name, *overrides, f"resume={shown}"])
+    return shlex.join(["python", Path(sys.argv[0]).name, *overrides, f"resume={shown(folder)}"])
 
 
 def _folder_name(overrides: str) -> str:

@@ -86,7 +86,7 @@ class Display:
         self._out.print(heading, markup=False, style="bold")
 
     def table(self, summary: Mapping[str, float], comparison: Comparison | None, notes: Mapping[str, str]) -> None:
-        """The closing table. ``notes``: further rows, name → text."""
+        """The closing table. ``notes``: lines below it, name → text."""
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
@@ -119,10 +119,11 @@ class Display:
             table.add_row("speedup probe", _verdict(comparison))
             table.add_row("  forward iteration", _reading(comparison.forward))
             table.add_row("  this run's solver", _reading(comparison.solver))
-        for name, text in notes.items():
-            table.add_row(name, text)
         self._out.print()
         self._out.print(table)
+        for name, text in notes.items():
+            # Not in the table, which would break a path to its width: these are there to be copied.
+            self.say(f"{name:<20} {text}")
 
 
 def _verdict(comparison: Comparison) -> str:

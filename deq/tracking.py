@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -20,7 +19,8 @@ from omegaconf import OmegaConf
 
 from deq import metrics
 from deq.errors import UserError, first_line
-from deq.files import write_atomically
+from deq.files import shown, write_atomically
+from deq.machine import code_version, processor_name
 
 Result = TypeVar("Result")
 Row = dict[str, float]
@@ -169,7 +169,7 @@ class _Wandb:
         if started is not None:
             self._run, mode = started
             if mode == "offline":
-                self.note = f"offline; upload with: wandb sync {_relative(Path(self._run.settings.sync_dir))}"
+                self.note = f"offline; upload with: wandb sync {shown(Path(self._run.settings.sync_dir))}"
             elif mode == "online":
                 self.note = str(self._run.url)
 
@@ -224,46 +224,17 @@ def environment() -> dict[str, Any]:
     """The code's version and the machine: what a result depends on beside its config."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "code_version": _code_version(),
+        "code_version": code_version(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "machine": {
             "system": platform.platform(),
-            "cpu": _cpu_name(),
+            "cpu": processor_name(),
             "cpu_threads": torch.get_num_threads(),
             "gpu": gpu,
             "python": platform.python_version(),
             "torch": torch.__version__,
         },
     }
-
-
-def _code_version() -> str | None:
-    """The commit of this source tree, marked where files differ from it; None outside a git checkout."""
-    try:
-        version = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return version.stdout.strip() or None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _relative(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _json(values: Mapping[str, Any], indent: int | None = None) -> str:

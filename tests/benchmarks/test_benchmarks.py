@@ -1,0 +1,57 @@
+"""The benchmarks run at tiny sizes, with or without the peers, and write what they print."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.cell import load_cell
+from benchmarks.record import folder_of
+
+
+def run(module: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    importlib.import_module(module).main()
+
+
+def rows_of(out: Path, name: str) -> list[dict[str, Any]]:
+    record = json.loads((folder_of(out) / f"{name}.json").read_text())
+    assert record["torch"] == torch.__version__.split("+")[0] or record["torch"] == torch.__version__
+    assert (folder_of(out) / f"{name}.md").read_text().count("\n|") == len(record["rows"]) + 2
+    rows: list[dict[str, Any]] = record["rows"]
+    return rows
+
+
+def test_scale_shows_that_only_the_scaled_regularisation_does_not_care(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("benchmarks.scale", "--out", str(tmp_path), monkeypatch=monkeypatch)
+    rows = {row.pop("solver"): row for row in rows_of(tmp_path, "scale")}
+    ours = [int(cell) for cell in rows["Anderson, scaled (ours, default)"].values()]
+    assert max(ours) - min(ours) <= 1
+    assert rows["Anderson, absolute (ours)"]["x 1e-06"] == ">300"
+    assert rows["Anderson, absolute (ours)"]["x 1e+06"] == str(ours[-1])
+
+
+def test_update_measures_every_row_against_the_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("--batch", "4", "--dim", "96", "--iterations", "4", "--rounds", "1", "--no-compile", "--device", "cpu")
+    run("benchmarks.update", *arguments, "--out", str(tmp_path), monkeypatch=monkeypatch)
+    rows = rows_of(tmp_path, "update-b4-d96-m5")
+    assert float(rows[0]["over floor"]) == 1.0
+    assert any(row["what"] == "AndersonWindow.step" and float(row["ms, median"]) > 0 for row in rows)
+
+
+def test_a_cell_is_trained_written_and_solved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "tiny.npz"
+    sizes = ("--channels", "8", "--inner", "8", "--images", "4", "--batch", "16")
+    run("benchmarks.cell", "--steps", "3", *sizes, "--out", str(file), monkeypatch=monkeypatch)
+    cell, injection = load_cell(file)
+    assert injection.shape == (4, 8, 8, 8)
+    assert cell(torch.zeros_like(injection), injection).shape == injection.shape
+    run("benchmarks.solve", "--cell", str(file), "--rounds", "1", "--cap", "12", monkeypatch=monkeypatch)

@@ -19,21 +19,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deq.data import Batches, digits, image_folder
+from deq.data import Batches, ImageData, digits, image_folder
 from deq.gradients import Implicit
 from deq.models import EquilibriumClassifier
 from deq.models.classifier import ResidualCell
 from deq.solvers import Anderson
 
 
-def load_cell(path: Path) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
+def load_cell(path: Path, device: torch.device | str = "cpu") -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
     """The cell, without gradients for its weights, and the injection, (B, C, H, W) float32."""
     arrays = np.load(path)
     weights = {key.removeprefix("cell."): torch.from_numpy(arrays[key]) for key in arrays if key.startswith("cell.")}
     inner, channels = weights["conv1.weight"].shape[:2]
     cell = ResidualCell(channels, inner)
     cell.load_state_dict(weights)
-    return cell.requires_grad_(False), torch.from_numpy(arrays["injection"]).float()
+    return cell.to(device).requires_grad_(False), torch.from_numpy(arrays["injection"]).float().to(device)
+
+
+def load_data(name: str, cache: str) -> tuple[ImageData, dict[str, int]]:
+    """``digits``, or a folder of images; with the sizes of the network that suits it."""
+    if name == "digits":
+        return digits(), {"channels": 24, "inner": 32, "pool": 2}
+    return image_folder(name, cache), {"channels": 48, "inner": 64, "pool": 8}
 
 
 def train(model: EquilibriumClassifier, batches: Batches, steps: int, learning_rate: float) -> float:
@@ -70,8 +77,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the .npz file to write")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    small = options.data == "digits"
-    data = digits() if small else image_folder(options.data, options.cache)
+    data, sizes = load_data(options.data, options.cache)
+    sizes["channels"] = options.channels or sizes["channels"]
+    sizes["inner"] = options.inner or sizes["inner"]
     batches = Batches(data, options.batch, options.seed)
     solver = Anderson(window=5, tol=1e-2, max_iter=30, stop="mean")
     model = EquilibriumClassifier(
@@ -80,9 +88,7 @@ def main() -> None:
         len(data.classes),
         solver=solver,
         gradient=Implicit(solver),
-        channels=options.channels or (24 if small else 48),
-        inner=options.inner or (32 if small else 64),
-        pool=2 if small else 8,
+        **sizes,
     )
     accuracy = train(model, batches, options.steps, options.lr)
     model.eval()

@@ -6,6 +6,7 @@ window, the tolerance on the relative residual, and the cap. A peer that is not 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from kernels import residual_norm
 
 FixedPointMap = Callable[[Tensor], Tensor]
 Solve = Callable[[FixedPointMap, Tensor, float, int, int], Tensor]
@@ -36,16 +39,41 @@ def torchdeq_broyden(f: FixedPointMap, z0: Tensor, tol: float, max_iter: int, wi
     return z
 
 
+class _Solved(Exception):  # noqa: N818 - it ends a solve, it is no error
+    """Raised from inside f, for peers whose own test is another than the relative residual of every sample."""
+
+
+def _stopping(f: FixedPointMap, tol: float) -> tuple[FixedPointMap, list[Tensor]]:
+    """f that raises _Solved where every sample is at tol; the list holds the z that it was last called with."""
+    last: list[Tensor] = []
+
+    def stopping(z: Tensor) -> Tensor:
+        fz = f(z)
+        last[:] = [z.clone()]
+        if bool((residual_norm(z, fz) <= tol).all()):
+            raise _Solved
+        return fz
+
+    return stopping, last
+
+
 def jaxopt_anderson(f: FixedPointMap, z0: Tensor, tol: float, max_iter: int, window: int) -> Tensor:
-    """jaxopt's Anderson, one least-squares problem for the whole batch; f is called through NumPy, unjitted."""
+    """jaxopt's Anderson, one least-squares problem for the whole batch.
+
+    f is PyTorch's, so that nothing is jitted; its own test, on the absolute residual, is replaced by ours.
+    """
     import jax.numpy as jnp
     from jaxopt import AndersonAcceleration
 
-    def jax_f(z: Any) -> Any:
-        return jnp.asarray(f(torch.from_numpy(np.array(z))).numpy())
+    stopping, last = _stopping(f, tol)
 
-    solver = AndersonAcceleration(jax_f, history_size=window, maxiter=max_iter, tol=tol, jit=False)
-    return torch.from_numpy(np.array(solver.run(jnp.asarray(z0.numpy())).params))
+    def jax_f(z: Any) -> Any:
+        return jnp.asarray(stopping(torch.from_numpy(np.array(z))).numpy())
+
+    solver = AndersonAcceleration(jax_f, history_size=window, maxiter=max_iter, tol=0.0, jit=False)
+    with contextlib.suppress(_Solved):
+        solver.run(jnp.asarray(z0.numpy()))
+    return last[0]
 
 
 def scs_aa(f: FixedPointMap, z0: Tensor, tol: float, max_iter: int, window: int) -> Tensor:
@@ -71,25 +99,25 @@ def scs_aa(f: FixedPointMap, z0: Tensor, tol: float, max_iter: int, window: int)
 
 
 def scipy_anderson(f: FixedPointMap, z0: Tensor, tol: float, max_iter: int, window: int) -> Tensor:
-    """SciPy's Anderson, one least-squares problem for the whole batch; stops on a residual relative to ||f(z0)||."""
+    """SciPy's Anderson, one least-squares problem for the whole batch.
+
+    Its own test, on the largest absolute element, is replaced by ours.
+    """
     from scipy.optimize import NoConvergence, anderson
 
-    last = z0.numpy()
+    stopping, last = _stopping(f, tol)
 
     def residual(z: Any) -> Any:
-        nonlocal last
-        last = z
-        return f(torch.from_numpy(np.ascontiguousarray(z, dtype=np.float32))).numpy() - z
+        return stopping(torch.from_numpy(np.ascontiguousarray(z, dtype=np.float32))).numpy() - z
 
-    scale = float(f(z0).norm())
-    try:
-        found = anderson(residual, z0.numpy(), M=window, alpha=1.0, maxiter=max_iter, f_tol=tol * scale)
-    except NoConvergence as stopped:
-        found = stopped.args[0]
-    except (ValueError, FloatingPointError):  # its line search ends in NaN on some maps
-        found = last
-    return torch.from_numpy(np.array(found, dtype=np.float32)).view(z0.shape)
+    # Its line search may end in NaN, which it answers with a ValueError.
+    with contextlib.suppress(_Solved, NoConvergence, ValueError):
+        anderson(residual, z0.numpy(), M=window, alpha=1.0, maxiter=max_iter, f_tol=1e-30)
+    return last[0].view(z0.shape)
 
+
+ON_A_GPU = ("TorchDEQ anderson_solver", "TorchDEQ broyden_solver")
+"""The peers that take tensors of any device; the others work through NumPy."""
 
 PEERS: dict[str, tuple[str, Solve]] = {
     "TorchDEQ anderson_solver": ("torchdeq", torchdeq_anderson),

@@ -33,8 +33,8 @@ class Affine:
         """The same problem, its right side and so its solution multiplied by ``factor``."""
         return Affine(self.A, self.b * factor)
 
-    def to(self, dtype: torch.dtype) -> Affine:
-        return Affine(self.A.to(dtype), self.b.to(dtype))
+    def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Affine:
+        return Affine(self.A.to(device, dtype), self.b.to(device, dtype))
 
 
 def affine(rho: float, *, lowest: float = 0.0, batch: int = 4, dim: int = 100, seed: int = 0) -> Affine:

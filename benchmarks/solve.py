@@ -17,15 +17,16 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.cell import load_cell
-from benchmarks.peers import FixedPointMap, Solve, installed
+from benchmarks.peers import ON_A_GPU, PEERS, FixedPointMap, Solve, installed
 from benchmarks.problems import Affine, affine
-from benchmarks.record import RESULTS, folder_of, show_and_save
+from benchmarks.record import RESULTS, default_device, folder_of, seconds, show_and_save, synchronize
 from deq.solvers import Anderson, Forward, Solver
 from deq.solvers.base import Restrict
 from kernels import residual_norm
@@ -41,28 +42,30 @@ class Problem:
     restrict: Restrict
 
 
-def affine_problem(rho: float) -> Problem:
-    f = affine(rho, lowest=-rho, batch=32, dim=256).to(torch.float32)
+def affine_problem(rho: float, device: torch.device) -> Problem:
+    f = affine(rho, lowest=-rho, batch=32, dim=256).to(torch.float32, device)
     return Problem(f"affine, rho {rho}", f, f.zero, lambda index: Affine(f.A, f.b[index]))
 
 
-def cell_problems(path: Path) -> list[Problem]:
+def cell_problems(path: Path, device: torch.device) -> list[Problem]:
     """The equilibrium and the adjoint equation of a trained cell."""
-    cell, injection = load_cell(path)
+    cell, injection = load_cell(path, device)
     batch = injection.shape[0]
 
     def flat(index: Tensor) -> FixedPointMap:
         x = injection[index]
         return lambda z: cell(z.view(x.shape), x).flatten(1)
 
-    everyone = torch.arange(batch)
-    equilibrium = Problem(f"{path.stem} equilibrium", flat(everyone), torch.zeros(batch, injection[0].numel()), flat)
+    everyone = torch.arange(batch, device=device)
+    equilibrium = Problem(
+        f"{path.stem} equilibrium", flat(everyone), torch.zeros(batch, injection[0].numel(), device=device), flat
+    )
     with torch.no_grad():
         z = torch.zeros_like(injection)
         for _ in range(100):
             z = cell(z, injection)
     torch.manual_seed(1)
-    right_side = 1e-4 * torch.randn_like(z)
+    right_side = 1e-4 * torch.randn(z.shape).to(device)  # drawn on the CPU: the same on every device
 
     def adjoint(index: Tensor) -> FixedPointMap:
         with torch.enable_grad():
@@ -83,7 +86,7 @@ class Watched:
 
     def __init__(self, problem: Problem, tol: float) -> None:
         self.problem, self.tol = problem, tol
-        self.first = torch.zeros(problem.z0.shape[0], dtype=torch.int64)
+        self.first = torch.zeros(problem.z0.shape[0], dtype=torch.int64, device=problem.z0.device)
         self.calls = self.sample_evaluations = 0
 
     def on(self, f: FixedPointMap, index: Tensor) -> FixedPointMap:
@@ -100,7 +103,7 @@ class Watched:
 
     @property
     def f(self) -> FixedPointMap:
-        return self.on(self.problem.f, torch.arange(len(self.first)))
+        return self.on(self.problem.f, torch.arange(len(self.first), device=self.first.device))
 
     def restrict(self, index: Tensor) -> FixedPointMap:
         return self.on(self.problem.restrict(index), index)
@@ -117,8 +120,8 @@ def peer(solve: Solve, window: int) -> Run:
     return lambda f, z0, restrict, tol, cap: solve(f, z0, tol, cap, window)
 
 
-def solvers() -> dict[str, Run]:
-    """Ours and the peers that are installed."""
+def solvers(device: torch.device) -> dict[str, Run]:
+    """Ours and the peers that are installed and take tensors of this device."""
     runs: dict[str, Run] = {
         "forward iteration": ours(lambda tol, cap: Forward(tol=tol, max_iter=cap)),
         "forward iteration, compact": ours(lambda tol, cap: Forward(tol=tol, max_iter=cap, compact=True)),
@@ -126,7 +129,7 @@ def solvers() -> dict[str, Run]:
         "Anderson m = 10": ours(lambda tol, cap: Anderson(window=10, tol=tol, max_iter=cap)),
         "Anderson m = 10, compact": ours(lambda tol, cap: Anderson(window=10, tol=tol, max_iter=cap, compact=True)),
     }
-    for name, solve in installed().items():
+    for name, solve in installed(tuple(PEERS) if device.type == "cpu" else ON_A_GPU).items():
         window = 10 if name.startswith("TorchDEQ and") else 5
         runs[name if "broyden" in name else f"{name}, m = {window}"] = peer(solve, window)
     return runs
@@ -140,28 +143,31 @@ def main() -> None:
     parser.add_argument("--tol", type=float, default=1e-2, help="relative residual, every sample")
     parser.add_argument("--cap", type=int, default=50, help="evaluations at most")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--out", type=Path, default=None, help=f"folder for results ({RESULTS.name}/ here)")
     options = parser.parse_args()
-    problems = [affine_problem(0.9), affine_problem(0.99)]
-    problems += [problem for path in options.cell for problem in cell_problems(path)]
+    device = torch.device(options.device)
+    problems = [affine_problem(rho, device) for rho in (0.9, 0.99)]
+    problems += [problem for path in options.cell for problem in cell_problems(path, device)]
     rows: list[list[object]] = []
     traces: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for problem in problems:
-        runs = solvers()
+        runs = solvers(device)
         watched = {name: Watched(problem, options.tol) for name in runs}
         for name, run in runs.items():
             watch = watched[name]
             run(watch.f, problem.z0, watch.restrict, options.tol, options.cap)
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        arguments = (problem.f, problem.z0, problem.restrict, options.tol, options.cap)
         for _ in range(options.rounds):
             for name, run in runs.items():
-                start = time.perf_counter()
-                run(problem.f, problem.z0, problem.restrict, options.tol, options.cap)
-                seconds[name].append(time.perf_counter() - start)
+                times[name].append(seconds(partial(run, *arguments), device))
         baseline = watched["forward iteration"]
         for name, watch in watched.items():
             needed = torch.where(watch.first == 0, options.cap, watch.first).float()
-            ratios = [a / b for a, b in zip(seconds["forward iteration"], seconds[name], strict=True)]
+            ratios = [a / b for a, b in zip(times["forward iteration"], times[name], strict=True)]
+            # A time is a speed only where as many samples were solved.
+            solved = int((watch.first > 0).sum()) >= int((baseline.first > 0).sum())
             never = 100 * (watch.first == 0).float().mean().item()
             rows.append(
                 [
@@ -172,9 +178,9 @@ def main() -> None:
                     f"{never:.0f} %",
                     watch.sample_evaluations,
                     f"{watch.sample_evaluations / baseline.sample_evaluations:.2f}",
-                    f"{statistics.median(seconds[name]) * 1e3:.0f}",
-                    f"{min(seconds[name]) * 1e3:.0f} to {max(seconds[name]) * 1e3:.0f}",
-                    f"{statistics.median(ratios):.2f}",
+                    f"{statistics.median(times[name]) * 1e3:.0f}",
+                    f"{min(times[name]) * 1e3:.0f} to {max(times[name]) * 1e3:.0f}",
+                    f"{statistics.median(ratios):.2f}" if solved else "-",
                 ]
             )
         traces[problem.name] = residual_against_seconds(problem, options.cap)
@@ -195,7 +201,7 @@ def main() -> None:
 def residual_against_seconds(problem: Problem, cap: int) -> dict[str, list[tuple[float, float]]]:
     """The batch's mean relative residual against the seconds since the solve began, watching left out of the time."""
     curves: dict[str, list[tuple[float, float]]] = {}
-    for name, run in solvers().items():
+    for name, run in solvers(problem.z0.device).items():
         if "compact" in name:
             continue
         curve: list[tuple[float, float]] = []
@@ -205,6 +211,7 @@ def residual_against_seconds(problem: Problem, cap: int) -> dict[str, list[tuple
         def f(z: Tensor, curve: list[tuple[float, float]] = curve) -> Tensor:
             nonlocal watching
             fz = problem.f(z)
+            synchronize(z.device)
             now = time.perf_counter()
             curve.append((now - start - watching, float(residual_norm(z, fz).mean())))  # noqa: B023
             watching += time.perf_counter() - now

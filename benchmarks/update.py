@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.peers import Solve, installed
-from benchmarks.record import RESULTS, show_and_save
+from benchmarks.peers import ON_A_GPU, Solve, installed
+from benchmarks.record import RESULTS, default_device, seconds, show_and_save
 from deq.solvers import Anderson, Forward
 from kernels import AndersonWindow
 
@@ -33,15 +33,6 @@ REPEATS = 5
 """Runs of a single short piece of work that are timed together, after one that is not: caches and pages are warm."""
 
 
-def seconds(work: Work, device: torch.device) -> float:
-    """One timed run, everything that it asked of the device included."""
-    _synchronize(device)
-    start = time.perf_counter()
-    work()
-    _synchronize(device)
-    return time.perf_counter() - start
-
-
 def seconds_repeated(work: Work, device: torch.device) -> float:
     """One of REPEATS runs, warm."""
     work()
@@ -51,11 +42,6 @@ def seconds_repeated(work: Work, device: torch.device) -> float:
             work()
 
     return seconds(repeated, device) / REPEATS
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class Elementwise:
@@ -126,7 +112,7 @@ def main() -> None:
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="the compiled formula too"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--out", type=Path, default=None, help=f"folder for results ({RESULTS.name}/ here)")
     options = parser.parse_args()
     device, batch, dim, m = torch.device(options.device), options.batch, options.dim, options.window
@@ -174,7 +160,7 @@ def main() -> None:
         compiled = torch.compile(eager_update)
         measures["formula, torch.compile, one update"] = lambda: seconds_repeated(lambda: compiled(X, F), device)
     for name, solve in installed(PEERS).items():
-        if device.type == "cpu" or name.startswith("TorchDEQ"):
+        if device.type == "cpu" or name in ON_A_GPU:
             measures[f"{name}, overhead in a solve"] = overhead(solve)
     jaxopt = jaxopt_overhead(f, z0, m, iterations) if device.type == "cpu" else None
     if jaxopt is not None:

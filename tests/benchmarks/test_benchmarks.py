@@ -55,3 +55,20 @@ def test_a_cell_is_trained_written_and_solved(tmp_path: Path, monkeypatch: pytes
     assert injection.shape == (4, 8, 8, 8)
     assert cell(torch.zeros_like(injection), injection).shape == injection.shape
     run("benchmarks.solve", "--cell", str(file), "--rounds", "1", "--cap", "12", monkeypatch=monkeypatch)
+
+
+def test_the_gpu_run_is_complete_in_a_dry_run_without_hydra_or_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Modules of these names that refuse to be imported stand before the installed ones.
+    for name in ("hydra", "omegaconf", "wandb"):
+        (tmp_path / "blocked").mkdir(exist_ok=True)
+        (tmp_path / "blocked" / f"{name}.py").write_text(f"raise ImportError('{name} must not be needed')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "blocked"))
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # Hydra comes with a plugin for pytest
+    monkeypatch.chdir(Path(__file__).parents[2])
+    with pytest.raises(SystemExit) as ended:
+        run("benchmarks.gpu", "--dry-run", "--out", str(tmp_path / "out"), monkeypatch=monkeypatch)
+    assert ended.value.code == 0
+    written = {file.name for file in folder_of(tmp_path / "out").iterdir()}
+    assert {"update-b4-d96-m5.json", "solve-tol0.01.json", "train-digits.json", "tests.log"} <= written

@@ -375,32 +375,6 @@ def test_bad_input_is_refused_with_what_was_expected() -> None:
         residual_norm(good, torch.zeros(2, 9))
 
 
-@pytest.mark.gpu
-def test_offsets_beyond_32_bits() -> None:
-    batch, m, dim = 3, 3, 2**28
-    window = AndersonWindow(batch, dim, window=m, dtype=torch.bfloat16, device="cuda")
-    x = torch.zeros(batch, dim, dtype=torch.bfloat16, device="cuda")
-    slope = torch.tensor([0.5, -0.5, 0.25], device="cuda", dtype=torch.bfloat16)[:, None]
-    for _ in range(6):
-        x = window.step(x, slope * x + 1, out=x)
-    expected = (1 / (1 - slope.float())).expand(batch, 2)
-    torch.testing.assert_close(x[:, [0, -1]].float(), expected, rtol=1e-2, atol=0)
-
-
-@pytest.mark.gpu
-def test_no_synchronisation_in_a_step() -> None:
-    X, F = random_sequence(6, 3, 5000)
-    X, F = X.cuda(), F.cuda()
-    window = AndersonWindow(3, 5000, window=3, tol=1e-3, device="cuda")
-    window.step(X[0], F[0])
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for x, fx in zip(X, F, strict=True):
-            window.step(x, fx, out=x)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_native_answers_do_not_depend_on_the_number_of_threads() -> None:
     X, F = random_sequence(4, 3, 100_000)
     results = []

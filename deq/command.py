@@ -97,6 +97,7 @@ def validate(config: DictConfig) -> None:
     check("beta", float, anything, "a number above 0 and at most 1")
     check("tol", float, lambda value: value > 0, "a number above 0, such as 1e-2")
     check("compile", bool, anything, "true or false")
+    check("compact", bool, anything, "true or false")
     check("precision", str, lambda value: value in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
     check("optim.schedule", str, lambda value: value in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
     check("optim.lr", float, lambda value: value > 0, "a number above 0, such as 1e-3")

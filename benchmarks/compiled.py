@@ -77,7 +77,7 @@ def compile_kernel(
             "ROWS": triton.next_power_of_2(window),
             "SCALED": True,
             "IN_PLACE": True,
-            "TINY": torch.finfo(torch.float32).tiny,
+            "TINY": torch.finfo(torch.float64).tiny,
             "FINISH_BLOCKS": triton_backend._FINISH_BLOCKS,
         }
     of_state = {"x_ptr", "f_ptr", "out_ptr", "G_ptr", "Y_ptr"}
@@ -88,7 +88,13 @@ def compile_kernel(
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            kind = {"frozen_ptr": "u8", "iterations_ptr": "i32", "index_ptr": "i64"}.get(name, accumulator)
+            kind = {
+                "frozen_ptr": "u8",
+                "iterations_ptr": "i32",
+                "index_ptr": "i64",
+                "partial_ptr": "fp64",
+                "H_ptr": "fp64",
+            }.get(name, accumulator)
             signature[name] = "*" + (state if name in of_state else kind)
         else:
             signature[name] = "fp64" if name in ("beta", "tol", "ridge") else "i32"

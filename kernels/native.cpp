@@ -1,8 +1,8 @@
 // The Anderson update on a CPU: one call an iteration, each row of the history read once.
 //
 // For every sample that is not frozen: residual row, mixed row, new Gram row and norms; the m x m system; the mix.
-// Symbols and fallbacks are those of AndersonWindow (window.py). Sums are taken in the state's type over BLOCK
-// elements and in double beyond, in one order that depends neither on the number of threads nor on the batch: the
+// Symbols and fallbacks are those of AndersonWindow (window.py). Sums are taken in
+// double over BLOCK elements at a time, in one order that depends neither on the number of threads nor on the batch: the
 // same input gives the same bits.
 //
 // Compiled by native_backend.py with -fassociative-math, so that sums vectorise, but without -ffinite-math-only: what
@@ -24,8 +24,8 @@ constexpr int64_t MAX_WINDOW = 64;
 
 extern "C" {
 
-// Mirrors native_backend._Window, field by field. Pointers as in kernels.state.WindowState; `accumulator` fields are
-// float for float states and double for double ones, which is the state's own type.
+// Mirrors native_backend._Window, field by field. Pointers as in kernels.state.WindowState; H is double, the other
+// floating-point fields are of the state's own type.
 struct Window {
     int64_t batch, window, dim, scaled;
     double beta, tol, ridge;
@@ -39,7 +39,8 @@ namespace {
 template <typename T>
 struct Sample {
     const T *x, *f;
-    T *out, *G, *Y, *H, *row_residual, *weights, *residual;
+    T *out, *G, *Y, *row_residual, *weights, *residual;
+    double* H;
     uint8_t* frozen;
     int32_t* iterations;
 
@@ -50,10 +51,10 @@ struct Sample {
           out(static_cast<T*>(out_) + p * w.dim),
           G(static_cast<T*>(w.G) + b * w.window * w.dim),
           Y(static_cast<T*>(w.Y) + b * w.window * w.dim),
-          H(static_cast<T*>(w.H) + b * w.window * w.window),
           row_residual(static_cast<T*>(w.row_residual) + b * w.window),
           weights(static_cast<T*>(w.weights) + b * w.window),
           residual(static_cast<T*>(w.residual) + b),
+          H(static_cast<double*>(w.H) + b * w.window * w.window),
           frozen(static_cast<uint8_t*>(w.frozen) + b),
           iterations(static_cast<int32_t*>(w.iterations) + b) {}
 };
@@ -65,13 +66,14 @@ inline void dot(const T* __restrict g, const T* const* rows, int64_t n, double* 
     const T* __restrict r1 = rows[N > 1 ? 1 : 0];
     const T* __restrict r2 = rows[N > 2 ? 2 : 0];
     const T* __restrict r3 = rows[N > 3 ? 3 : 0];
-    T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+    double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
     for (int64_t j = 0; j < n; ++j) {
-        s0 += g[j] * r0[j];
-        if (N > 1) s1 += g[j] * r1[j];
-        if (N > 2) s2 += g[j] * r2[j];
-        if (N > 3) s3 += g[j] * r3[j];
+        const double gj = g[j];
+        s0 += gj * r0[j];
+        if (N > 1) s1 += gj * r1[j];
+        if (N > 2) s2 += gj * r2[j];
+        if (N > 3) s3 += gj * r3[j];
     }
     *sums[0] += s0;
     if (N > 1) *sums[1] += s1;
@@ -107,13 +109,14 @@ void push(const Window& w, const Sample<T>& s, int64_t slot, int64_t filled, int
         const T* __restrict f = s.f + at;
         T* __restrict g = s.G + slot * w.dim + at;
         T* __restrict y = s.Y + slot * w.dim + at;
-        T gg = 0, ff = 0;
+        // The norms in double: squares of 1e-20 are zero in float, and a residual of zero would pass for converged.
+        double gg = 0, ff = 0;
 #pragma omp simd reduction(+ : gg, ff)
         for (int64_t j = 0; j < n; ++j) {
             const T r = f[j] - x[j];
             g[j] = r;
-            gg += r * r;
-            ff += f[j] * f[j];
+            gg += static_cast<double>(r) * static_cast<double>(r);
+            ff += static_cast<double>(f[j]) * static_cast<double>(f[j]);
         }
         // y = x + beta g written so that beta = 1 stores f itself, without rounding.
         if (w.beta == 1.0) {
@@ -153,7 +156,7 @@ bool solve(const Window& w, const Sample<T>& s, int64_t n, const bool* valid, do
     }
     for (int64_t i = 0; i < n; ++i) {
         for (int64_t j = 0; j < n; ++j)
-            A[i][j] = valid[i] && valid[j] ? S[i] * static_cast<double>(s.H[i * w.window + j]) * S[j] : 0.0;
+            A[i][j] = valid[i] && valid[j] ? S[i] * s.H[i * w.window + j] * S[j] : 0.0;
         A[i][i] += valid[i] ? w.ridge : 1.0;
         A[i][n] = S[i];
     }
@@ -177,9 +180,9 @@ bool solve(const Window& w, const Sample<T>& s, int64_t n, const bool* valid, do
 template <typename T>
 bool finish(const Window& w, const Sample<T>& s, int64_t slot, int64_t filled, const double* sums) {
     const int64_t m = w.window;
-    for (int64_t i = 0; i < filled; ++i) s.H[slot * m + i] = s.H[i * m + slot] = static_cast<T>(sums[i]);
-    const T residual = static_cast<T>(std::sqrt(sums[slot]) /
-                                      (std::sqrt(sums[m]) + static_cast<double>(std::numeric_limits<T>::min())));
+    for (int64_t i = 0; i < filled; ++i) s.H[slot * m + i] = s.H[i * m + slot] = sums[i];
+    const T residual =
+        static_cast<T>(std::sqrt(sums[slot]) / (std::sqrt(sums[m]) + std::numeric_limits<double>::min()));
     const bool finite = std::isfinite(residual);
     const T infinity = std::numeric_limits<T>::infinity();
     *s.residual = residual;
@@ -311,18 +314,18 @@ void residual_norm(int64_t batch, int64_t dim, const T* x, const T* f, T* residu
             const int64_t n = std::min(BLOCK, dim - at);
             const T* __restrict xs = x + b * dim + at;
             const T* __restrict fs = f + b * dim + at;
-            T gg = 0, ff = 0;
+            double gg = 0, ff = 0;
 #pragma omp simd reduction(+ : gg, ff)
             for (int64_t j = 0; j < n; ++j) {
-                const T r = fs[j] - xs[j];
+                const double r = static_cast<double>(fs[j] - xs[j]);
                 gg += r * r;
-                ff += fs[j] * fs[j];
+                ff += static_cast<double>(fs[j]) * static_cast<double>(fs[j]);
             }
             g_squared += gg;
             f_squared += ff;
         }
-        residual[b] = static_cast<T>(std::sqrt(g_squared) /
-                                     (std::sqrt(f_squared) + static_cast<double>(std::numeric_limits<T>::min())));
+        residual[b] =
+            static_cast<T>(std::sqrt(g_squared) / (std::sqrt(f_squared) + std::numeric_limits<double>::min()));
     }
 }
 

@@ -27,7 +27,7 @@ class WindowState:
     Y: Tensor
     """(B, m, d) mixed rows y_i = x_i + beta g_i, in the dtype of the state."""
     H: Tensor
-    """(B, m, m) Gram matrix of G, float32 (float64 for float64 states); row and column i hold for filled rows."""
+    """(B, m, m) float64 Gram matrix of G; row and column i hold for filled rows."""
     row_residual: Tensor
     """(B, m) relative residual of each row; inf where the row is empty or not finite."""
     weights: Tensor

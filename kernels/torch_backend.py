@@ -29,11 +29,12 @@ class TorchBackend:
             state.put(index, part)
 
     def residual_norm(self, x: Tensor, fx: Tensor) -> Tensor:
-        return _ratio(_norm(fx - x), _norm(fx))
+        return _ratio(_norm(fx - x), _norm(fx)).to(accumulator_dtype(x.dtype))
 
 
 def _norm(v: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(v, dim=1, dtype=accumulator_dtype(v.dtype))
+    # In float64: squares of 1e-20 are zero in float32, and a residual of zero would pass for converged.
+    norm: Tensor = torch.linalg.vector_norm(v, dim=1, dtype=torch.float64)
     return norm
 
 
@@ -64,12 +65,13 @@ def _push(state: WindowState, x: Tensor, fx: Tensor, slot: int, filled: int) -> 
     # y = x + beta g written so that beta = 1 stores f itself, without rounding.
     torch.sub(fx, g, alpha=1.0 - state.beta, out=Y[:, slot])
     G[given_up, slot], Y[given_up, slot] = kept  # their best iterate is still to be read from the window
-    h = _products(G[:, :filled], g)
+    h = _products(G[:, :filled], g).to(H.dtype)
+    g_norm = _norm(g)
+    h[:, slot] = g_norm.square()
     H[:, slot, :filled] = h
     H[:, :filled, slot] = h
 
-    g_norm, f_norm = h[:, slot].sqrt(), _norm(fx)
-    residual = _ratio(g_norm, f_norm)
+    residual = _ratio(g_norm, _norm(fx)).to(state.residual.dtype)
     finite = torch.isfinite(residual)
     rows_now = torch.where(finite, residual, torch.inf)
     state.row_residual[:, slot] = torch.where(active, rows_now, state.row_residual[:, slot])
@@ -88,7 +90,7 @@ def _push(state: WindowState, x: Tensor, fx: Tensor, slot: int, filled: int) -> 
 def _solve(state: WindowState, slot: int, filled: int, finite: Tensor) -> None:
     """The m x m systems of all samples, their weights, and who is frozen from now on."""
     valid = state.row_residual[:, :filled] < torch.inf
-    H = state.H[:, :filled, :filled].double()
+    H = state.H[:, :filled, :filled]
     diagonal = torch.diagonal(H, dim1=1, dim2=2)
     S = torch.where(valid, diagonal.rsqrt() if state.scaled else torch.ones_like(diagonal), 0.0)
     A = torch.where(valid[:, :, None] & valid[:, None, :], S[:, :, None] * H * S[:, None, :], 0.0)

@@ -75,12 +75,12 @@ def _push(
     for row in tl.static_range(WINDOW):
         if row < filled:
             if row == slot:
-                product = g * g
+                # The norms in float64: squares of 1e-20 are zero in float32, and would pass for converged.
+                tl.store(out + row, tl.sum(g.to(tl.float64) * g.to(tl.float64), axis=0))
             else:
                 other = tl.load(G_ptr + (first_row + row) * dim + element, mask=inside, other=0.0)
-                product = g * other.to(ACCUMULATOR)
-            tl.store(out + row, tl.sum(product, axis=0))
-    tl.store(out + WINDOW, tl.sum(f * f, axis=0))
+                tl.store(out + row, tl.sum(g * other.to(ACCUMULATOR), axis=0).to(tl.float64))
+    tl.store(out + WINDOW, tl.sum(f.to(tl.float64) * f.to(tl.float64), axis=0))
 
 
 @triton.jit
@@ -164,12 +164,11 @@ def _mix(
         part = first + tl.arange(0, FINISH_BLOCKS)
         line = partial + part.to(tl.int64) * (WINDOW + 1)
         tile = tl.load(line[:, None] + row[None, :], mask=(part < blocks)[:, None] & in_use[None, :], other=0.0)
-        h += tl.sum(tile.to(tl.float64), axis=0)
-        f_squared += tl.sum(tl.load(line + WINDOW, mask=part < blocks, other=0.0).to(tl.float64), axis=0)
+        h += tl.sum(tile, axis=0)
+        f_squared += tl.sum(tl.load(line + WINDOW, mask=part < blocks, other=0.0), axis=0)
         first += FINISH_BLOCKS
-    h = h.to(ACCUMULATOR)
     newest = row == slot
-    g_norm = tl.sqrt(tl.sum(tl.where(newest, h, 0.0).to(tl.float64), axis=0))
+    g_norm = tl.sqrt(tl.sum(tl.where(newest, h, 0.0), axis=0))
     residual = (g_norm / (tl.sqrt(f_squared) + TINY)).to(ACCUMULATOR)
     infinity = float("inf")
     finite = residual < infinity
@@ -180,7 +179,7 @@ def _mix(
     valid = row_residual < infinity
     H_here = H_ptr + sample * WINDOW * WINDOW
     old = tl.load(H_here + row[:, None] * WINDOW + row[None, :], mask=in_use[:, None] & in_use[None, :], other=0.0)
-    H = tl.where(newest[:, None], h[None, :], tl.where(newest[None, :], h[:, None], old)).to(tl.float64)
+    H = tl.where(newest[:, None], h[None, :], tl.where(newest[None, :], h[:, None], old))
     if SCALED:
         H_diagonal = tl.sum(tl.where(row[:, None] == row[None, :], H, 0.0), axis=1)
         S = tl.where(valid, 1.0 / tl.sqrt(H_diagonal), 0.0)
@@ -229,7 +228,8 @@ def _residual_partials(x_ptr, f_ptr, partial_ptr, dim, blocks, ACCUMULATOR: tl.c
     inside = element < dim
     x = tl.load(x_ptr + sample * dim + element, mask=inside, other=0.0).to(ACCUMULATOR)
     f = tl.load(f_ptr + sample * dim + element, mask=inside, other=0.0).to(ACCUMULATOR)
-    g = f - x
+    g = (f - x).to(tl.float64)
+    f = f.to(tl.float64)
     out = partial_ptr + program.to(tl.int64) * 2
     tl.store(out, tl.sum(g * g, axis=0))
     tl.store(out + 1, tl.sum(f * f, axis=0))
@@ -274,7 +274,7 @@ class TritonBackend:
     ) -> None:
         batch_size, window, dim = state.G.shape
         block, blocks, warps = launch_shape(dim, window, _warp_size(x.device))
-        accumulator = _TL_DTYPE[state.H.dtype]
+        accumulator = _TL_DTYPE[accumulator_dtype(x.dtype)]
         if self._partial is None:
             self._partial = state.H.new_empty(batch_size, blocks, window + 1)
         frozen = state.frozen.view(torch.uint8)
@@ -295,16 +295,16 @@ class TritonBackend:
             x, out, state.Y, state.H, self._partial, state.row_residual, state.weights, state.residual, frozen,
             state.iterations, samples, state.tol, state.ridge, dim, blocks, slot, filled,
             ROWS=triton.next_power_of_2(window), SCALED=state.scaled, IN_PLACE=out.data_ptr() == x.data_ptr(),
-            TINY=torch.finfo(state.H.dtype).tiny, FINISH_BLOCKS=_FINISH_BLOCKS, **shared,
+            TINY=torch.finfo(torch.float64).tiny, FINISH_BLOCKS=_FINISH_BLOCKS, **shared,
         )  # fmt: skip
 
     def residual_norm(self, x: Tensor, fx: Tensor) -> Tensor:
         batch_size, dim = x.shape
         block, blocks, warps = launch_shape(dim, warp_size=_warp_size(x.device))
         dtype = accumulator_dtype(x.dtype)
-        partial = torch.empty(batch_size, blocks, 2, device=x.device, dtype=dtype)
+        partial = torch.empty(batch_size, blocks, 2, device=x.device, dtype=torch.float64)
         _residual_partials[(batch_size * blocks,)](
             x, fx, partial, dim, blocks, ACCUMULATOR=_TL_DTYPE[dtype], BLOCK=block, num_warps=warps
         )
-        g, f = partial.double().sum(dim=1).sqrt().unbind(dim=1)
-        return (g / (f + torch.finfo(dtype).tiny)).to(dtype)
+        g, f = partial.sum(dim=1).sqrt().unbind(dim=1)
+        return (g / (f + torch.finfo(torch.float64).tiny)).to(dtype)

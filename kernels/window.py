@@ -151,7 +151,7 @@ class AndersonWindow:
         self._state = WindowState(
             G=G,
             Y=Y,
-            H=full(batch_size, window, window, value=0.0),
+            H=full(batch_size, window, window, value=0.0, dtype=torch.float64),
             row_residual=full(batch_size, window, value=math.inf),
             weights=full(batch_size, window, value=0.0),
             residual=full(batch_size, value=math.inf),
@@ -242,7 +242,7 @@ class AndersonWindow:
 def residual_norm(x: Tensor, fx: Tensor, *, backend: BackendName = "auto") -> Tensor:
     """Relative residual ``||f - x|| / ||f||`` of each sample: (B, d), (B, d) -> (B,).
 
-    Sums are taken in float32 (float64 for float64 input); 0 where f = x = 0.
+    Sums are taken in float64; the result is float32 (float64 for float64 input), 0 where f = x = 0.
 
     Raises:
         ValueError: if the shapes are not both (B, d), or dtypes differ.

@@ -48,6 +48,15 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if not k.startswith(clocks)} for line in lines]
 
 
+def offline_run(folder: Path) -> bytes:
+    """The one offline run in a run folder. W&B's own process may write it a moment after ``finish`` has returned."""
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    deadline = time.monotonic() + 10
+    while file.stat().st_size < 1000 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return file.read_bytes()
+
+
 def test_main_job_trains_tracks_and_tells(tmp_path: Path) -> None:
     run = train("solver=anderson", "window=5", "epochs=2", "hydra.run.dir=run", folder=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -60,8 +69,7 @@ def test_main_job_trains_tracks_and_tells(tmp_path: Path) -> None:
     assert summary(tmp_path / "run")["test/accuracy"] > 0.5
     assert len(rows(tmp_path / "run")) == 2
     assert OmegaConf.load(tmp_path / "run" / "config.yaml").solver.window == 5
-    (offline,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
-    content = offline.read_bytes()
+    content = offline_run(tmp_path / "run")
     for name in summary(tmp_path / "run"):
         assert name.encode() in content
 
@@ -75,8 +83,7 @@ def test_sweep_of_eight_jobs_has_eight_folders_and_one_group(tmp_path: Path) -> 
     configs = [OmegaConf.load(job / "config.yaml") for job in jobs]
     assert len({(c.solver._target_, c.window, c.beta) for c in configs}) == 8
     for job in jobs:
-        (offline,) = job.glob("wandb/offline-run-*/*.wandb")
-        assert b"mine" in offline.read_bytes()
+        assert b"mine" in offline_run(job)
 
 
 def test_help_is_a_page_with_every_knob_group_and_default(tmp_path: Path) -> None:

@@ -449,3 +449,16 @@ def test_an_index_that_does_not_fit_is_refused() -> None:
             window.step(x, x, index=index)
     with pytest.raises(ValueError, match=r"x must be \(3, 8\)"):
         window.step(x, x, index=torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20])
+def test_a_norm_that_float32_cannot_square_is_no_convergence_and_no_failure(backend: BackendName, scale: float) -> None:
+    X, F = random_sequence(3, 2, 60, scale=scale)
+    window = make(backend, X, 3, tol=1e-3)
+    assert torch.isfinite(run(window, X, F)).all()
+    assert not window.frozen.any()
+    residual = relative_residual(X[-1], F[-1])
+    torch.testing.assert_close(window.residual.cpu().double(), residual, rtol=1e-5, atol=0)
+    got = residual_norm(X[-1].to(device_of(backend)), F[-1].to(device_of(backend)), backend=backend)
+    torch.testing.assert_close(got.cpu().double(), residual, rtol=1e-5, atol=0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over d are taken: float64 for float64, else float32."""
+    """The least dtype in which sums over d are taken: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

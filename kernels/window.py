@@ -81,8 +81,8 @@ class AndersonWindow:
         alpha  = argmin || sum_i alpha_i g_i ||^2   subject to   sum_i alpha_i = 1
         x_next = sum_i alpha_i y_i
 
-    per sample; samples never mix. Only the newest row of the Gram matrix is computed, in the accumulator dtype
-    (float32; float64 for float64 states), and the m x m system is solved in float64. Same input, same bits.
+    per sample; samples never mix. Only the newest row of the Gram matrix is computed, in at least float32 (its diagonal
+    and all norms in float64), and the m x m system is solved in float64. Same input, same bits.
 
     Nothing raises inside :meth:`step`: for a sample whose system is singular or overflows, the step is the plain
     damped one, ``y`` of the newest row; where f itself is not finite, it is the plain damped step from the iterate

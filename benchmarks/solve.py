@@ -13,7 +13,9 @@ to it, until the solver returned: what the solver cost, not only what it needed.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -224,6 +226,9 @@ def residual_against_seconds(problem: Problem, cap: int) -> dict[str, list[tuple
 
 def draw(traces: dict[str, dict[str, list[tuple[float, float]]]], tol: float, path: Path) -> None:
     """One panel a problem: residual against seconds."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no picture is drawn: matplotlib is not installed (pip install -e '.[bench]')", file=sys.stderr)
+        return
     import matplotlib
 
     matplotlib.use("Agg")

@@ -101,6 +101,7 @@ def validate(config: DictConfig) -> None:
     check("precision", str, lambda value: value in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
     check("optim.schedule", str, lambda value: value in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
     check("optim.lr", float, lambda value: value > 0, "a number above 0, such as 1e-3")
+    check("optim.weight_decay", float, lambda value: value >= 0, "a number of at least 0")
     # The solver's own rules, checked for every solver: a window that forward iteration does not read is still no
     # window, and a sweep over both solvers should not fail halfway.
     with values_of_the_user():

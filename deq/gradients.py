@@ -6,6 +6,7 @@ layer returns: the layer returns z* itself, so that training and inference see t
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -159,10 +160,17 @@ def _adjoint_map(f_star: Tensor, z: Tensor, right_side: Tensor) -> FixedPointMap
 
 
 def _power_of_two_norm(v: Tensor) -> Tensor:
-    """The power of two next above each sample's norm, (B, 1, ...): dividing by it is exact. 1 for a zero sample."""
+    """The power of two next above each sample's norm, as far as its dtype has it, (B, 1, ...): dividing is exact.
+
+    1 for a zero sample.
+    """
     largest = v.flatten(1).abs().amax(dim=1).to(accumulator_dtype(v.dtype))
     # The largest element first: the squares of small gradients would underflow.
-    unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+    exponent = torch.frexp(largest).exponent.clamp(-126, 126)
+    unit = torch.ldexp(torch.ones_like(largest), exponent)
     norm = torch.linalg.vector_norm(v.flatten(1) / unit[:, None], dim=1, dtype=unit.dtype)
-    scale: Tensor = torch.ldexp(unit, torch.frexp(norm).exponent)
+    limits = torch.finfo(v.dtype)
+    lowest, highest = math.ceil(math.log2(limits.tiny)), math.floor(math.log2(limits.max) - 1e-3)
+    exponent = (exponent + torch.frexp(norm).exponent).clamp(lowest, highest)
+    scale = torch.ldexp(torch.ones_like(largest), exponent)
     return scale.to(v.dtype).view(-1, *(1,) * (v.ndim - 1))

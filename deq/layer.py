@@ -17,7 +17,8 @@ class DEQ(nn.Module):
     """The deep equilibrium layer: z* with ``z* = cell(z*, x)``.
 
     Args:
-        cell: (z, x) -> z; z is (B, ...), x whatever the cell takes, a (B, ...) tensor if ``z0`` is not given.
+        cell: (z, x) -> z; z and x are tensors, (B, ...), of one shape unless ``z0`` is given. A cell that is no module
+            cannot be looked into: that it treats samples independently is then taken on trust by ``compact``.
         solver: finds z*; default ``Anderson()``.
         gradient: how gradients pass; default ``Implicit()``, its adjoint solved by ``solver``.
 
@@ -83,7 +84,14 @@ class DEQ(nn.Module):
 
             return f
 
+        version = None if x.is_inference() else x._version
+
         def restrict(index: Tensor) -> FixedPointMap:
+            if version is not None and x._version != version:
+                raise ValueError(
+                    "x was modified in place between the forward and the backward pass, which a backward solve that "
+                    "compacts needs as it was: use compact=False or modify a clone"
+                )
             return map_of(x.detach()[index])
 
         f = map_of(x)

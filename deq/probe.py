@@ -62,7 +62,7 @@ class SpeedupProbe:
     def __post_init__(self) -> None:
         for name in ("max_iter", "repeats"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"probe.{name} must be an integer of at least 1, got {value!r}")
 
     @torch.no_grad()

@@ -203,7 +203,7 @@ class _Wandb:
         def work() -> None:
             try:
                 outcome["result"] = call()
-            except Exception as error:
+            except BaseException as error:  # a SystemExit, too, would end this thread without a word
                 outcome["error"] = error
 
         # In a thread, because a call that hangs can be left alone but not be ended.

@@ -120,7 +120,7 @@ class Trainer:
         with SignalWatch() as signals:
             self.display.start(self.total_steps, self.position.step)
             try:
-                while self.position.evaluated_step != self.total_steps:
+                while self.position.evaluated_step < self.total_steps:
                     self._train_epoch(signals)
                     self._close_epoch(signals)
                     self._save(self.state())
@@ -149,7 +149,7 @@ class Trainer:
         self.model.train()
         self.display.doing(f"epoch {position.epoch + 1}/{self.epochs}")
         started = self._now()
-        if position.step == self.total_steps:  # resumed between the last step and its evaluation
+        if position.step >= self.total_steps:  # resumed between the last step and its evaluation
             return
         for images, labels in self.batches.train(position.epoch, start=position.batch):
             self._train_step(images, labels)
@@ -157,7 +157,7 @@ class Trainer:
             position.batch += 1
             self.display.step(position.step)
             # The epoch's last row is written with its evaluation.
-            ended = position.batch == self.batches.per_epoch or position.step == self.total_steps
+            ended = position.batch == self.batches.per_epoch or position.step >= self.total_steps
             row_due = position.batch % self.log_every == 0 and not ended
             if row_due or signals.signum is not None:
                 position.train_s += self._now() - started
@@ -264,7 +264,16 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state` gave."""
+        """Take back what :meth:`state` gave.
+
+        Raises:
+            UserError: it is of a step that this run would never come to.
+        """
+        if state["position"]["step"] > self.total_steps:
+            raise UserError(
+                f"the checkpoint is at step {state['position']['step']}, but epochs and max_steps allow only "
+                f"{self.total_steps}; give larger ones"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])

@@ -13,7 +13,7 @@ import weakref
 import torch
 from torch import Tensor
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a finalizer may run inside the locked part
 _kept: Tensor | None = None
 
 

@@ -135,7 +135,13 @@ def _processor() -> bytes:
 
 def _cache_folder() -> Path:
     """A folder for compiled code that only this user can write to."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "anderson-deq" / "native"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = base / "anderson-deq" / "native"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        state = folder.stat()
+        if state.st_uid == os.getuid() and not state.st_mode & 0o022 and os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # a user without a home
+        pass
+    return Path(tempfile.mkdtemp(prefix="anderson-deq-"))

@@ -38,15 +38,29 @@ def _norm(v: Tensor) -> Tensor:
     return norm
 
 
-def _products(rows: Tensor, g: Tensor) -> Tensor:
-    """Inner products of g, (B, d), with rows, (B, n, d): (B, n) in the accumulator dtype.
+def _products(rows: Tensor, row_norms: Tensor, g: Tensor, g_norm: Tensor) -> Tensor:
+    """Inner products of g, (B, d), with rows, (B, n, d): (B, n) float64. Norms: (B, n) and (B,) float64.
 
     Not by ``bmm``: it sums one element after the other, and at d = 49,152 in float32 that costs a relative error of
-    1e-5, ten times the ridge. ``sum`` adds pairwise, to 1e-7.
+    1e-5, ten times the ridge. ``sum`` adds pairwise, to 1e-7. Both sides are brought to norm about 1 by powers of two
+    first, so that no product underflows.
     """
     dtype = accumulator_dtype(g.dtype)
-    g = g.to(dtype)
-    return torch.stack([(row.to(dtype) * g).sum(dim=1) for row in rows.unbind(dim=1)], dim=1)
+    g_unit = _power_of_two(g_norm)
+    g = g.to(dtype) * g_unit.to(dtype)[:, None]
+    products = []
+    for row, norm in zip(rows.unbind(dim=1), row_norms.unbind(dim=1), strict=True):
+        unit = _power_of_two(norm)
+        scaled = row.to(dtype) * unit.to(dtype)[:, None]
+        products.append(scaled.mul_(g).sum(dim=1).double() / unit / g_unit)
+    return torch.stack(products, dim=1)
+
+
+def _power_of_two(norm: Tensor) -> Tensor:
+    """About 1 / norm, (B,) float64, a power of two that float32 can hold; 1 for zero and for what is not finite."""
+    exponent = torch.frexp(norm).exponent.clamp(-126, 126)
+    usable = torch.isfinite(norm) & (norm > 0)
+    return torch.where(usable, torch.ldexp(torch.ones_like(norm), -exponent), 1.0)
 
 
 def _ratio(g_norm: Tensor, f_norm: Tensor) -> Tensor:
@@ -65,8 +79,10 @@ def _push(state: WindowState, x: Tensor, fx: Tensor, slot: int, filled: int) -> 
     # y = x + beta g written so that beta = 1 stores f itself, without rounding.
     torch.sub(fx, g, alpha=1.0 - state.beta, out=Y[:, slot])
     G[given_up, slot], Y[given_up, slot] = kept  # their best iterate is still to be read from the window
-    h = _products(G[:, :filled], g).to(H.dtype)
     g_norm = _norm(g)
+    H[:, slot, slot] = g_norm.square()
+    row_norms = torch.diagonal(H, dim1=1, dim2=2)[:, :filled].sqrt()
+    h = _products(G[:, :filled], row_norms, g, g_norm)
     h[:, slot] = g_norm.square()
     H[:, slot, :filled] = h
     H[:, :filled, slot] = h

@@ -10,6 +10,7 @@ without touching the history.
 """
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -75,11 +76,11 @@ def _push(
     for row in tl.static_range(WINDOW):
         if row < filled:
             if row == slot:
-                # The norms in float64: squares of 1e-20 are zero in float32, and would pass for converged.
+                # In float64: products of 1e-20 are zero in float32, and a residual of zero would pass for converged.
                 tl.store(out + row, tl.sum(g.to(tl.float64) * g.to(tl.float64), axis=0))
             else:
                 other = tl.load(G_ptr + (first_row + row) * dim + element, mask=inside, other=0.0)
-                tl.store(out + row, tl.sum(g * other.to(ACCUMULATOR), axis=0).to(tl.float64))
+                tl.store(out + row, tl.sum(g.to(tl.float64) * other.to(tl.float64), axis=0))
     tl.store(out + WINDOW, tl.sum(f.to(tl.float64) * f.to(tl.float64), axis=0))
 
 
@@ -252,6 +253,11 @@ def launch_shape(dim: int, window: int = 1, warp_size: int = 32) -> tuple[int, i
     return block, triton.cdiv(dim, block), max(1, threads // warp_size)
 
 
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 @functools.cache
 def _warp_size(device: torch.device) -> int:
     if device.type != "cuda":
@@ -287,24 +293,57 @@ class TritonBackend:
             "num_warps": warps,
         }
         samples = frozen if index is None else index  # a pointer that is not read where there is no index
-        _push[grid](
-            x, fx, state.G, state.Y, self._partial, frozen, samples, state.beta, dim, blocks, slot, filled,
-            UNDAMPED=state.beta == 1.0, **shared,
-        )  # fmt: skip
-        _mix[grid](
-            x, out, state.Y, state.H, self._partial, state.row_residual, state.weights, state.residual, frozen,
-            state.iterations, samples, state.tol, state.ridge, dim, blocks, slot, filled,
-            ROWS=triton.next_power_of_2(window), SCALED=state.scaled, IN_PLACE=out.data_ptr() == x.data_ptr(),
-            TINY=torch.finfo(torch.float64).tiny, FINISH_BLOCKS=_FINISH_BLOCKS, **shared,
-        )  # fmt: skip
+        with _on(x.device):
+            _push[grid](
+                x,
+                fx,
+                state.G,
+                state.Y,
+                self._partial,
+                frozen,
+                samples,
+                state.beta,
+                dim,
+                blocks,
+                slot,
+                filled,
+                UNDAMPED=state.beta == 1.0,
+                **shared,
+            )
+            _mix[grid](
+                x,
+                out,
+                state.Y,
+                state.H,
+                self._partial,
+                state.row_residual,
+                state.weights,
+                state.residual,
+                frozen,
+                state.iterations,
+                samples,
+                state.tol,
+                state.ridge,
+                dim,
+                blocks,
+                slot,
+                filled,
+                ROWS=triton.next_power_of_2(window),
+                SCALED=state.scaled,
+                IN_PLACE=out.data_ptr() == x.data_ptr(),
+                TINY=torch.finfo(torch.float64).tiny,
+                FINISH_BLOCKS=_FINISH_BLOCKS,
+                **shared,
+            )
 
     def residual_norm(self, x: Tensor, fx: Tensor) -> Tensor:
         batch_size, dim = x.shape
         block, blocks, warps = launch_shape(dim, warp_size=_warp_size(x.device))
         dtype = accumulator_dtype(x.dtype)
         partial = torch.empty(batch_size, blocks, 2, device=x.device, dtype=torch.float64)
-        _residual_partials[(batch_size * blocks,)](
-            x, fx, partial, dim, blocks, ACCUMULATOR=_TL_DTYPE[dtype], BLOCK=block, num_warps=warps
-        )
+        with _on(x.device):
+            _residual_partials[(batch_size * blocks,)](
+                x, fx, partial, dim, blocks, ACCUMULATOR=_TL_DTYPE[dtype], BLOCK=block, num_warps=warps
+            )
         g, f = partial.sum(dim=1).sqrt().unbind(dim=1)
         return (g / (f + torch.finfo(torch.float64).tiny)).to(dtype)

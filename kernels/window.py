@@ -86,7 +86,8 @@ class AndersonWindow:
 
     Nothing raises inside :meth:`step`: for a sample whose system is singular or overflows, the step is the plain
     damped one, ``y`` of the newest row; where f itself is not finite, it is the plain damped step from the iterate
-    before (once; a second time in a row gives the sample up: it is frozen and its residual is NaN or inf).
+    before (once; a second time in a row, or with a window of 1, the sample is given up: frozen, its residual NaN or
+    inf). No gradient is recorded.
 
     Args:
         batch_size: B, at least 1.
@@ -184,10 +185,12 @@ class AndersonWindow:
         """(B,) int32: steps each sample took part in."""
         return self._state.iterations
 
+    @torch.no_grad()
     def step(self, x: Tensor, fx: Tensor, *, out: Tensor | None = None, index: Tensor | None = None) -> Tensor:
         """Takes x and f(x), both (B, d); returns the next iterate, (B, d).
 
-        With ``index``, (n,) int64, only these samples take the step (each at most once), and x, fx and the result are
+        With ``index``, (n,) int64, only these samples take the step (each at most once; on a GPU the
+        values are not checked), and x, fx and the result are
         (n, d): what became of the others stays in the window.
 
         The result is written to ``out`` if given: a contiguous (B, d) tensor, which may be ``x`` itself. For frozen
@@ -203,6 +206,10 @@ class AndersonWindow:
                 raise ValueError(
                     f"index must be (n,) int64 on {state.G.device} with n at least 1, "
                     f"got {tuple(index.shape)} {index.dtype} on {index.device}"
+                )
+            if index.device.type == "cpu" and not (index.min() >= 0 and index.max() < batch_size):
+                raise ValueError(
+                    f"index must name samples 0 to {batch_size - 1}, got {int(index.min())} to {int(index.max())}"
                 )
             index, batch_size = index.contiguous(), len(index)
         for name, tensor in (("x", x), ("fx", fx), ("out", out)):
@@ -224,6 +231,7 @@ class AndersonWindow:
         self._backend.step(state, x.contiguous(), fx.contiguous(), out, index, slot, min(self._steps, window))
         return out
 
+    @torch.no_grad()
     def best(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The iterate of lowest residual still in the window, and that residual: (B, d), (B,).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -106,7 +107,7 @@ class Solver(ABC):
     def __post_init__(self) -> None:
         """Raises ValueError, naming value, limit and fix."""
         if not (self.tol >= 0.0 and math.isfinite(self.tol)):
-            raise ValueError(f"tol must be at least 0, got {self.tol} (it is relative: 1e-2 to 1e-6 are usual)")
+            raise ValueError(f"tol must be finite and at least 0, got {self.tol} (relative: 1e-2 to 1e-6 are usual)")
         if isinstance(self.max_iter, bool) or not isinstance(self.max_iter, int):
             raise ValueError(f"max_iter must be a whole number of evaluations of f, got {self.max_iter!r}")
         if self.max_iter < 1:
@@ -142,6 +143,11 @@ class Solver(ABC):
             raise ValueError(
                 "compact=True needs restrict=, which gives f for some samples alone (or use compact=False)"
             )
+        # Launches and events belong to the current device, which need not be the state's.
+        with torch.cuda.device(z0.device) if z0.device.type == "cuda" else contextlib.nullcontext():
+            return self._iterate(f, z0, trace, restrict)
+
+    def _iterate(self, f: FixedPointMap, z0: Tensor, trace: bool, restrict: Restrict | None) -> Solution:
         batch_size = z0.shape[0]
         x = z0.reshape(batch_size, -1).clone(memory_format=torch.contiguous_format)
         x_all, index = x, None
@@ -197,7 +203,7 @@ class MovingSamples:
         self._late = device.type == "cuda"
         self._previous = batch_size
         if self._late:
-            self._counts = torch.empty(2, dtype=torch.int64, pin_memory=True)
+            self._counts = torch.full((2,), batch_size, dtype=torch.int64, pin_memory=True)
             self._events = (torch.cuda.Event(), torch.cuda.Event())
             self._reads = 0
 

@@ -304,3 +304,23 @@ def test_memory_does_not_grow_over_steps() -> None:
         optimizer.step()
         counts.append(tensors())
     assert counts[-1] == counts[2]
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 5000.0), (torch.float32, 1.8e38), (torch.float32, 1e-38)])
+def test_the_scale_of_a_right_side_is_finite_and_above_zero(dtype: torch.dtype, size: float) -> None:
+    from deq.gradients import _power_of_two_norm
+
+    scale = _power_of_two_norm(torch.full((2, 64), size, dtype=dtype))
+    assert torch.isfinite(scale).all()
+    assert (scale > 0).all()
+
+
+def test_an_input_changed_in_place_is_named_where_the_backward_solve_needs_it() -> None:
+    solver = Anderson(window=3, tol=1e-8, max_iter=100, compact=True)
+    layer = DEQ(Cell(), solver=solver, gradient=Implicit(solver))
+    x = torch.randn(8, 6, dtype=torch.float64) * torch.logspace(1, -3, 8, dtype=torch.float64)[:, None]
+    h = x.clone()
+    out = layer(h)
+    h.mul_(0)
+    with pytest.raises(ValueError, match="x was modified in place"):
+        out.sum().backward()

@@ -273,8 +273,8 @@ def test_a_start_without_elements_is_refused(solver: Solver, z0: Tensor) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tol": -1e-3}, "tol must be at least 0, got -0.001"),
-        ({"tol": math.nan}, "tol must be at least 0, got nan"),
+        ({"tol": -1e-3}, "tol must be finite and at least 0, got -0.001"),
+        ({"tol": math.nan}, "tol must be finite and at least 0, got nan"),
         ({"max_iter": 0}, "max_iter must be at least 1, got 0"),
         ({"max_iter": 2.5}, "max_iter must be a whole number"),
         ({"stop": "any"}, "stop must be one of .* got 'any'"),

@@ -283,7 +283,7 @@ def test_frozen_samples_are_left_alone(backend: BackendName) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("factor", [2.0**-40, 2.0**-10, 2.0**10, 2.0**40])
+@pytest.mark.parametrize("factor", [2.0**-80, 2.0**-64, 2.0**-10, 2.0**10, 2.0**64, 2.0**80])
 def test_weights_do_not_change_when_f_is_rescaled(backend: BackendName, factor: float) -> None:
     X, F = random_sequence(5, 2, 80)
     plain, scaled = make(backend, X, 4), make(backend, X, 4)
@@ -462,3 +462,23 @@ def test_a_norm_that_float32_cannot_square_is_no_convergence_and_no_failure(back
     torch.testing.assert_close(window.residual.cpu().double(), residual, rtol=1e-5, atol=0)
     got = residual_norm(X[-1].to(device_of(backend)), F[-1].to(device_of(backend)), backend=backend)
     torch.testing.assert_close(got.cpu().double(), residual, rtol=1e-5, atol=0)
+
+
+def test_an_index_out_of_range_is_refused_on_a_cpu() -> None:
+    window = AndersonWindow(2, 8, device="cpu")
+    x = torch.zeros(2, 8)
+    with pytest.raises(ValueError, match="index must name samples 0 to 1, got -1 to 9"):
+        window.step(x, x, index=torch.tensor([-1, 9]))
+
+
+def test_without_a_home_the_native_code_is_kept_in_a_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pathlib import Path
+
+    from kernels import native_backend
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert native_backend._cache_folder().is_dir()

@@ -181,6 +181,14 @@ def test_max_steps_ends_the_run_with_an_evaluation_and_the_rest_can_be_resumed(t
     assert longer.last_evaluation["test/loss"] == whole.last_evaluation["test/loss"]
 
 
+def test_a_checkpoint_beyond_the_last_step_is_refused_instead_of_trained_on_for_ever(tmp_path: Path) -> None:
+    saved: list[dict[str, Any]] = []
+    trainer(tmp_path / "long", max_steps=7, schedule="constant", saved=saved).run()
+    shorter = trainer(tmp_path / "short", max_steps=3, schedule="constant")
+    with pytest.raises(UserError, match=r"the checkpoint is at step 7, but epochs and max_steps allow only 3"):
+        shorter.restore(saved[-1])
+
+
 def test_learning_rate_follows_half_a_cosine_to_zero(tmp_path: Path) -> None:
     run = trainer(tmp_path, epochs=2, log_every=5)
     run.run()

@@ -78,6 +78,7 @@ def compile_kernel(
             "SCALED": True,
             "IN_PLACE": True,
             "TINY": torch.finfo(torch.float64).tiny,
+            "LARGEST": torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max,
             "FINISH_BLOCKS": triton_backend._FINISH_BLOCKS,
         }
     of_state = {"x_ptr", "f_ptr", "out_ptr", "G_ptr", "Y_ptr"}

@@ -146,6 +146,14 @@ void push(const Window& w, const Sample<T>& s, int64_t slot, int64_t filled, int
     }
 }
 
+// ||g|| / ||f|| from the squares: the largest number where only f is zero, NaN where either is not finite.
+template <typename T>
+T relative(double g_squared, double f_squared) {
+    if (!std::isfinite(g_squared) || !std::isfinite(f_squared)) return std::numeric_limits<T>::quiet_NaN();
+    const double ratio = std::sqrt(g_squared) / (std::sqrt(f_squared) + std::numeric_limits<double>::min());
+    return static_cast<T>(std::min(ratio, static_cast<double>(std::numeric_limits<T>::max())));
+}
+
 // Gauss-Jordan on (S H S + ridge I) w = S over the valid rows; false if there is no finite answer. n rows, in double.
 template <typename T>
 bool solve(const Window& w, const Sample<T>& s, int64_t n, const bool* valid, double* alpha) {
@@ -181,8 +189,7 @@ template <typename T>
 bool finish(const Window& w, const Sample<T>& s, int64_t slot, int64_t filled, const double* sums) {
     const int64_t m = w.window;
     for (int64_t i = 0; i < filled; ++i) s.H[slot * m + i] = s.H[i * m + slot] = sums[i];
-    const T residual =
-        static_cast<T>(std::sqrt(sums[slot]) / (std::sqrt(sums[m]) + std::numeric_limits<double>::min()));
+    const T residual = relative<T>(sums[slot], sums[m]);
     const bool finite = std::isfinite(residual);
     const T infinity = std::numeric_limits<T>::infinity();
     *s.residual = residual;
@@ -324,8 +331,7 @@ void residual_norm(int64_t batch, int64_t dim, const T* x, const T* f, T* residu
             g_squared += gg;
             f_squared += ff;
         }
-        residual[b] =
-            static_cast<T>(std::sqrt(g_squared) / (std::sqrt(f_squared) + std::numeric_limits<double>::min()));
+        residual[b] = relative<T>(g_squared, f_squared);
     }
 }
 

@@ -14,6 +14,15 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def residual_of_norms(g_norm: Tensor, f_norm: Tensor, dtype: torch.dtype) -> Tensor:
+    """``||g|| / ||f||``, (B,) in ``dtype``, from float64 norms: 0 where both are 0, the largest number of ``dtype``
+    where only f is (a large residual, and no failure), NaN where either is not finite.
+    """
+    ratio = g_norm / (f_norm + torch.finfo(torch.float64).tiny)
+    finite = torch.isfinite(g_norm) & torch.isfinite(f_norm)
+    return torch.where(finite, ratio.clamp(max=torch.finfo(dtype).max), torch.nan).to(dtype)
+
+
 @dataclass
 class WindowState:
     """Ring buffers over the last m iterations of B samples, each of d elements.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .state import WindowState, accumulator_dtype
+from .state import WindowState, accumulator_dtype, residual_of_norms
 
 
 class TorchBackend:
@@ -29,7 +29,7 @@ class TorchBackend:
             state.put(index, part)
 
     def residual_norm(self, x: Tensor, fx: Tensor) -> Tensor:
-        return _ratio(_norm(fx - x), _norm(fx)).to(accumulator_dtype(x.dtype))
+        return residual_of_norms(_norm(fx - x), _norm(fx), accumulator_dtype(x.dtype))
 
 
 def _norm(v: Tensor) -> Tensor:
@@ -63,11 +63,6 @@ def _power_of_two(norm: Tensor) -> Tensor:
     return torch.where(usable, torch.ldexp(torch.ones_like(norm), -exponent), 1.0)
 
 
-def _ratio(g_norm: Tensor, f_norm: Tensor) -> Tensor:
-    # The smallest normal number only keeps 0/0 (f = x = 0, which is converged) from being NaN.
-    return g_norm / (f_norm + torch.finfo(f_norm.dtype).tiny)
-
-
 def _push(state: WindowState, x: Tensor, fx: Tensor, slot: int, filled: int) -> Tensor:
     """Residual row, mixed row, new Gram row, residuals. Returns which samples' new rows are finite, (B,) bool."""
     G, Y, H = state.G, state.Y, state.H
@@ -87,7 +82,7 @@ def _push(state: WindowState, x: Tensor, fx: Tensor, slot: int, filled: int) -> 
     H[:, slot, :filled] = h
     H[:, :filled, slot] = h
 
-    residual = _ratio(g_norm, _norm(fx)).to(state.residual.dtype)
+    residual = residual_of_norms(g_norm, _norm(fx), state.residual.dtype)
     finite = torch.isfinite(residual)
     rows_now = torch.where(finite, residual, torch.inf)
     state.row_residual[:, slot] = torch.where(active, rows_now, state.row_residual[:, slot])
@@ -138,6 +133,10 @@ def _mix(state: WindowState, x: Tensor, out: Tensor, filled: int) -> None:
     """``out = sum_i alpha_i y_i`` for samples that are not frozen, ``x`` for the others."""
     rows = state.Y[:, :filled]
     weights = state.weights[:, None, :filled]
+    unused = weights[:, 0] == 0
+    if bool(unused.any()):
+        # 0 * NaN is NaN, and a row that was never written may hold one.
+        rows = torch.where(unused[:, :, None], 0, rows)
     if rows.dtype == weights.dtype and not bool(state.frozen.any()):
         torch.bmm(weights, rows, out=out.unsqueeze(1))
         return

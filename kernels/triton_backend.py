@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from .state import WindowState, accumulator_dtype
+from .state import WindowState, accumulator_dtype, residual_of_norms
 
 MAX_WINDOW = 32
 """Rows that the solve in registers is built for (a tile of MAX_WINDOW^2 float64 over one or two warps)."""
@@ -134,6 +134,7 @@ def _mix(
     IN_PLACE: tl.constexpr,
     INDEXED: tl.constexpr,
     TINY: tl.constexpr,
+    LARGEST: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     FINISH_BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -169,10 +170,12 @@ def _mix(
         f_squared += tl.sum(tl.load(line + WINDOW, mask=part < blocks, other=0.0), axis=0)
         first += FINISH_BLOCKS
     newest = row == slot
-    g_norm = tl.sqrt(tl.sum(tl.where(newest, h, 0.0), axis=0))
-    residual = (g_norm / (tl.sqrt(f_squared) + TINY)).to(ACCUMULATOR)
+    g_squared = tl.sum(tl.where(newest, h, 0.0), axis=0)
     infinity = float("inf")
-    finite = residual < infinity
+    finite = (g_squared < infinity) & (f_squared < infinity)
+    # Where only f is zero the residual is the largest number, which is large and no failure.
+    ratio = tl.sqrt(g_squared) / (tl.sqrt(f_squared) + TINY)
+    residual = tl.where(finite, tl.where(ratio < LARGEST, ratio, LARGEST), float("nan")).to(ACCUMULATOR)
     converged = residual <= tl.full((), tol, ACCUMULATOR)
 
     row_residual = tl.load(row_residual_ptr + sample * WINDOW + row, mask=in_use, other=infinity)
@@ -332,6 +335,7 @@ class TritonBackend:
                 SCALED=state.scaled,
                 IN_PLACE=out.data_ptr() == x.data_ptr(),
                 TINY=torch.finfo(torch.float64).tiny,
+                LARGEST=torch.finfo(state.residual.dtype).max,
                 FINISH_BLOCKS=_FINISH_BLOCKS,
                 **shared,
             )
@@ -346,4 +350,4 @@ class TritonBackend:
                 x, fx, partial, dim, blocks, ACCUMULATOR=_TL_DTYPE[dtype], BLOCK=block, num_warps=warps
             )
         g, f = partial.sum(dim=1).sqrt().unbind(dim=1)
-        return (g / (f + torch.finfo(torch.float64).tiny)).to(dtype)
+        return residual_of_norms(g, f, dtype)

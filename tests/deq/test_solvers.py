@@ -348,3 +348,18 @@ def test_a_solution_reads_in_one_line() -> None:
     text = repr(solution)
     assert "\n" not in text
     assert text.startswith(f"Solution(2 of 2 converged, {solution.evaluations} evaluations, iterations ")
+
+
+@each_solver
+@pytest.mark.parametrize(("slope", "shift", "start"), [(0.5, 1.0, -2.0), (-1.0, 2.0, 0.0)])
+def test_a_map_that_passes_through_zero_is_not_given_up(
+    solver: Solver, slope: float, shift: float, start: float
+) -> None:
+    # f(z) = slope z + shift is exactly 0 at the start, or one step later.
+    solution = solver.solve(lambda z: slope * z + shift, torch.full((1, 3), start))
+    assert torch.isfinite(solution.residual).all()
+    if slope > 0 or isinstance(solver, Anderson):
+        assert solution.converged.all()
+        torch.testing.assert_close(solution.z, torch.full((1, 3), shift / (1 - slope)), rtol=1e-3, atol=0)
+    else:
+        assert solution.evaluations == solver.max_iter, "an oscillation goes on to the cap"

@@ -482,3 +482,28 @@ def test_without_a_home_the_native_code_is_kept_in_a_temporary_folder(monkeypatc
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
     assert native_backend._cache_folder().is_dir()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_f_of_zero_is_a_large_residual_and_no_failure(backend: BackendName) -> None:
+    X, F = random_sequence(3, 2, 20)
+    F[:2, 0] = 0
+    window = make(backend, X, 3)
+    x_next = run(window, X[:2], F[:2])
+    assert window.residual[0].item() == torch.finfo(torch.float32).max
+    assert not window.frozen.any()
+    expected = anderson_update(rows(X[:2], 3), rows(F[:2], 3))
+    torch.testing.assert_close(x_next.double(), expected, rtol=1e-4, atol=1e-4)
+    assert residual_norm(X[0].to(device_of(backend)), F[0].to(device_of(backend)), backend=backend)[0] > 1e38
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_never_written_does_not_reach_a_sample_that_joins_later(backend: BackendName) -> None:
+    window = AndersonWindow(2, 3, window=4, backend=backend, device=device_of(backend))
+    window._state.G.fill_(math.nan)
+    window._state.Y.fill_(math.nan)
+    x = torch.zeros(2, 3, device=device_of(backend))
+    window.step(x[:1], torch.cos(x[:1]), index=torch.tensor([0], device=x.device))
+    for _ in range(4):
+        x = window.step(x, torch.cos(x))
+    assert torch.isfinite(x).all()

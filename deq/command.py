@@ -143,8 +143,12 @@ def resume_hint(folder: Path) -> str:
 
 
 def _folder_name(overrides: str) -> str:
-    """``_`` and the overrides as part of a folder's name: no separators, not longer than file systems allow."""
-    name = re.sub(r"[^\w.,=+@-]+", "-", overrides)
+    """``_`` and the overrides as part of a folder's name.
+
+    No separators, not longer than file systems allow, and nothing that has to be quoted when the folder is given back
+    as resume=FOLDER: Hydra's grammar takes ``=`` and ``,`` for its own.
+    """
+    name = re.sub(r"[^\w.+-]+", "-", overrides.replace(",", "_"))
     return f"_{name[:120]}" if name else ""
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from deq.solvers.base import FixedPointMap, Restrict, Solution, Solver
 from kernels.state import accumulator_dtype
@@ -101,6 +100,7 @@ class _PassThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        _refuse_second_derivatives()
         return grads[0], None
 
 
@@ -122,8 +122,8 @@ class _Adjoint(torch.autograd.Function):
         return z_star.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        _refuse_second_derivatives()
         f_star, z = ctx.saved_tensors
         scale = _power_of_two_norm(grads[0])
         right_side = grads[0] / scale
@@ -145,6 +145,12 @@ class _Adjoint(torch.autograd.Function):
         u = solution.z * scale
         ctx.record(replace(solution, z=u, sample_evaluations=solution.sample_evaluations + recorded_again))
         return u, None, None, None, None, None
+
+
+def _refuse_second_derivatives() -> None:
+    # Autograd's own once_differentiable says nothing where the incoming gradient is a constant: a silent wrong answer.
+    if torch.is_grad_enabled():
+        raise RuntimeError("a DEQ layer has no second derivatives: leave out create_graph=True")
 
 
 def _adjoint_map(f_star: Tensor, z: Tensor, right_side: Tensor) -> FixedPointMap:

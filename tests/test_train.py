@@ -231,3 +231,13 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(signum: int, status: int
     assert "resume=run" in stdout.splitlines()[-1]
     assert summary(tmp_path / "run")["train/loss"] > 0
     assert (tmp_path / "run" / "checkpoint.pt").is_file()
+
+
+def test_the_folder_that_a_run_names_can_be_given_back_as_it_stands(tmp_path: Path) -> None:
+    knobs = [*TINY, "seed=1", "optim.schedule=constant"]
+    first = train(*knobs, "max_steps=2", folder=tmp_path)
+    assert first.returncode == 0, first.stderr
+    (folder,) = (tmp_path / "runs").glob("*/*")
+    again = train(*knobs, "max_steps=4", f"resume={folder.relative_to(tmp_path)}", folder=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert len(list((tmp_path / "runs").glob("*/*"))) == 2

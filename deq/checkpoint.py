@@ -51,7 +51,7 @@ def load(resume: str | Path, config: dict[str, Any]) -> tuple[dict[str, Any], li
     file = locate(resume)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(f"resume={resume}: {file} is not a readable checkpoint of train.py") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise UserError(f"resume={resume}: {file} was not written by this version's train.py")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from deq.gradients import Gradient, Implicit
 from deq.solvers import Anderson, Solution, Solver
@@ -64,7 +65,7 @@ class DEQ(nn.Module):
 
         Raises:
             ValueError: if the cell returns another shape, dtype or device than the state's, or a solver compacts and
-                the cell has a batch norm in training mode.
+                the cell has a batch norm or a dropout in training mode.
         """
         device_type = x.device.type
         autocast = torch.is_autocast_enabled(device_type)
@@ -84,13 +85,13 @@ class DEQ(nn.Module):
 
             return f
 
-        version = None if x.is_inference() else x._version
+        recorded_with = self._versions(x)
 
         def restrict(index: Tensor) -> FixedPointMap:
-            if version is not None and x._version != version:
+            if self._versions(x) != recorded_with:
                 raise ValueError(
-                    "x was modified in place between the forward and the backward pass, which a backward solve that "
-                    "compacts needs as it was: use compact=False or modify a clone"
+                    "x or the cell's parameters were modified in place or replaced between the forward and the "
+                    "backward pass, which a backward solve that compacts needs as they were: use compact=False"
                 )
             return map_of(x.detach()[index])
 
@@ -100,7 +101,18 @@ class DEQ(nn.Module):
         self.last_solution, self.last_adjoint = solution, None
         if not torch.is_grad_enabled():
             return solution.z
-        return self.gradient.attach(f, solution.z, self.solver, self._record_adjoint, restrict=given)
+
+        def record(adjoint: Solution) -> None:
+            # A layer used twice in one graph keeps the accounts of its last use, both of them.
+            if self.last_solution is solution:
+                self.last_adjoint = adjoint
+
+        return self.gradient.attach(f, solution.z, self.solver, record, restrict=given)
+
+    def _versions(self, x: Tensor) -> list[tuple[int, int]]:
+        """What tells whether tensors are the same and unchanged (inference tensors count nothing: left out)."""
+        parameters = self.cell.parameters() if isinstance(self.cell, nn.Module) else ()
+        return [(id(tensor), tensor._version) for tensor in (x, *parameters) if not tensor.is_inference()]
 
     def _compacts(self) -> bool:
         """Whether any solver of this layer compacts; raises ValueError if the cell cannot bear it."""
@@ -113,10 +125,12 @@ class DEQ(nn.Module):
                     f"compact=True needs a cell that treats samples independently, but its {name or 'module'} is a "
                     f"{type(module).__name__} in training mode, which mixes them: use compact=False or a GroupNorm"
                 )
+            if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+                raise ValueError(
+                    f"compact=True needs a cell that is the same map at every call, but its {name or 'module'} is a "
+                    f"{type(module).__name__} in training mode: use compact=False"
+                )
         return True
-
-    def _record_adjoint(self, adjoint: Solution) -> None:
-        self.last_adjoint = adjoint
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, gradient={self.gradient}"

@@ -323,5 +323,23 @@ def test_an_input_changed_in_place_is_named_where_the_backward_solve_needs_it() 
     h = x.clone()
     out = layer(h)
     h.mul_(0)
-    with pytest.raises(ValueError, match="x was modified in place"):
+    with pytest.raises(ValueError, match="modified in place or replaced"):
         out.sum().backward()
+
+
+def test_swapped_parameters_are_named_where_the_backward_solve_needs_them() -> None:
+    solver = Anderson(window=3, tol=1e-8, max_iter=100, compact=True)
+    layer = DEQ(Cell(), solver=solver, gradient=Implicit(solver))
+    x = torch.randn(8, 6, dtype=torch.float64) * torch.logspace(1, -3, 8, dtype=torch.float64)[:, None]
+    weight = torch.randn(6, 6, dtype=torch.float64).mul(0.1).requires_grad_()
+    out = torch.func.functional_call(layer, {"cell.weight": weight}, (x,))
+    with pytest.raises(ValueError, match="modified in place or replaced"):
+        out.sum().backward()
+
+
+def test_a_layer_used_twice_keeps_both_accounts_of_its_last_use() -> None:
+    layer, x = layer_and_input()
+    (layer(x[:2]).sum() + layer(x).sum()).backward()
+    assert layer.last_solution is not None
+    assert layer.last_adjoint is not None
+    assert layer.last_solution.z.shape == layer.last_adjoint.z.shape == (3, 6)

@@ -27,7 +27,8 @@ from kernels import triton_backend
 
 WINDOWS = (2, 5, 10, 16)
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
-KERNELS = ("push", "mix")
+KERNELS = ("push", "mix", "update")
+"""``push`` and ``mix`` as for d = 49,152, ``update`` as for d = 1,024."""
 
 
 @dataclass(frozen=True)
@@ -55,31 +56,36 @@ class Compiled:
 
 
 def compile_kernel(
-    kernel: str, window: int, target: str, dtype: torch.dtype = torch.float32, dim: int = 49_152
+    kernel: str, window: int, target: str, dtype: torch.dtype = torch.float32, dim: int | None = None
 ) -> Compiled:
-    """Compiles ``push`` or ``mix`` for ``cuda:CAPABILITY`` or ``hip:ARCH`` as the launcher would for this dim."""
+    """Compiles one of KERNELS for ``cuda:CAPABILITY`` or ``hip:ARCH`` as the launcher would for this dim."""
     state, accumulator = _TYPE_NAMES[dtype], "fp64" if dtype == torch.float64 else "fp32"
     platform, arch = target.split(":")
     warp_size = 32 if platform == "cuda" else 64
-    block, _, warps = triton_backend.launch_shape(dim, window, warp_size)
+    if dim is None:
+        dim = 1024 if kernel == "update" else 49_152
+    if kernel == "update":
+        block, warps = triton_backend.fused_launch_shape(dim, dtype.itemsize, warp_size)
+    else:
+        block, _, warps = triton_backend.launch_shape(dim, window, warp_size)
     constants: dict[str, Any] = {
         "WINDOW": window,
         "ACCUMULATOR": tl.float64 if dtype == torch.float64 else tl.float32,
         "INDEXED": False,
         "BLOCK": block,
     }
-    if kernel == "push":
-        function = triton_backend._push
+    function = {"push": triton_backend._push, "mix": triton_backend._mix, "update": triton_backend._update}[kernel]
+    if kernel != "mix":
         constants |= {"UNDAMPED": True}
-    else:
-        function = triton_backend._mix
+    if kernel == "mix":
+        constants |= {"FINISH_BLOCKS": triton_backend._FINISH_BLOCKS}
+    if kernel != "push":
         constants |= {
             "ROWS": triton.next_power_of_2(window),
             "SCALED": True,
             "IN_PLACE": True,
             "TINY": torch.finfo(torch.float64).tiny,
             "LARGEST": torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max,
-            "FINISH_BLOCKS": triton_backend._FINISH_BLOCKS,
         }
     of_state = {"x_ptr", "f_ptr", "out_ptr", "G_ptr", "Y_ptr"}
     signature: dict[str, str] = {}
@@ -92,6 +98,7 @@ def compile_kernel(
             kind = {
                 "frozen_ptr": "u8",
                 "iterations_ptr": "i32",
+                "pushed_ptr": "i32",
                 "index_ptr": "i64",
                 "partial_ptr": "fp64",
                 "H_ptr": "fp64",
@@ -162,8 +169,8 @@ def _read_amdgcn(assembly: str) -> dict[str, Any]:
     stores = re.findall(r"(?:global|buffer)_store_(?:dwordx(\d)|\w+)", assembly)
     return {
         "registers": entry("vgpr_count"),
-        # The report counts registers spilled; each is 4 bytes a lane.
-        "spilled_bytes": 4 * (entry("vgpr_spill_count") + entry("sgpr_spill_count")),
+        # Scratch memory of a lane. Scalar registers that spill into lanes of a vector register touch no memory.
+        "spilled_bytes": entry("private_segment_fixed_size"),
         "wide_loads": loads.count("4"),
         "narrow_vector_loads": loads.count("2") + loads.count("3"),
         "wide_stores": stores.count("4"),

@@ -262,8 +262,7 @@ void add_pieces(const std::vector<double>& partial, int64_t pieces, int64_t widt
 }
 
 template <typename T>
-void step(const Window& w, const void* x, const void* f, void* out, const int64_t* index, int64_t count, int64_t slot,
-          int64_t filled, int threads) {
+void step(const Window& w, const void* x, const void* f, void* out, const int64_t* index, int64_t count, int threads) {
     const int64_t width = w.window + 1, pieces = (w.dim + PIECE - 1) / PIECE;
     const bool by_sample = count >= 2 * threads || pieces == 1;
     if (by_sample) {
@@ -273,6 +272,8 @@ void step(const Window& w, const void* x, const void* f, void* out, const int64_
 #pragma omp for schedule(dynamic, 1)
             for (int64_t row = 0; row < count; ++row) {
                 const Sample<T> s(w, row, index ? index[row] : row, x, f, out);
+                // A sample's own steps say which row of its ring is next.
+                const int64_t slot = *s.iterations % w.window, filled = std::min<int64_t>(*s.iterations + 1, w.window);
                 bool moves = !*s.frozen;
                 if (moves) {
                     std::fill(partial.begin(), partial.end(), 0.0);
@@ -293,6 +294,7 @@ void step(const Window& w, const void* x, const void* f, void* out, const int64_
     std::vector<double> partial(pieces * width), sums(width);
     for (int64_t row = 0; row < count; ++row) {
         const Sample<T> s(w, row, index ? index[row] : row, x, f, out);
+        const int64_t slot = *s.iterations % w.window, filled = std::min<int64_t>(*s.iterations + 1, w.window);
         bool moves = !*s.frozen;
         if (moves) {
             std::fill(partial.begin(), partial.end(), 0.0);
@@ -340,14 +342,13 @@ void residual_norm(int64_t batch, int64_t dim, const T* x, const T* f, T* residu
 extern "C" {
 
 // x, f, out: `count` rows, that of sample index[row], or of sample `row` where index is null.
-void anderson_step_float(const Window* w, const void* x, const void* f, void* out, const int64_t* index, int64_t count,
-                         int64_t slot, int64_t filled, int32_t threads) {
-    step<float>(*w, x, f, out, index, count, slot, filled, threads);
+void anderson_step_float(const Window* w, const void* x, const void* f, void* out, const int64_t* index, int64_t count, int32_t threads) {
+    step<float>(*w, x, f, out, index, count, threads);
 }
 
 void anderson_step_double(const Window* w, const void* x, const void* f, void* out, const int64_t* index,
-                          int64_t count, int64_t slot, int64_t filled, int32_t threads) {
-    step<double>(*w, x, f, out, index, count, slot, filled, threads);
+                          int64_t count, int32_t threads) {
+    step<double>(*w, x, f, out, index, count, threads);
 }
 
 void residual_norm_float(int64_t batch, int64_t dim, const float* x, const float* f, float* residual, int32_t threads) {

@@ -60,9 +60,7 @@ class NativeBackend:
     def supports(self, window: int) -> bool:
         return 1 <= window <= MAX_WINDOW
 
-    def step(
-        self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, index: Tensor | None, slot: int, filled: int
-    ) -> None:
+    def step(self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, index: Tensor | None) -> None:
         if self._window is None:
             # The tensors of a state never move, so that their addresses are taken once.
             batch_size, window, dim = state.G.shape
@@ -78,8 +76,6 @@ class NativeBackend:
             ctypes.c_void_p(out.data_ptr()),
             ctypes.c_void_p(None if index is None else index.data_ptr()),
             ctypes.c_int64(x.shape[0]),
-            ctypes.c_int64(slot),
-            ctypes.c_int64(filled),
             ctypes.c_int32(torch.get_num_threads()),
         )
 

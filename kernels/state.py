@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -46,7 +46,8 @@ class WindowState:
     frozen: Tensor
     """(B,) bool: converged to ``tol``, or given up because f is not finite there."""
     iterations: Tensor
-    """(B,) int32: steps that each sample took before it froze, the last one included."""
+    """(B,) int32: steps that each sample took before it froze, the last one included. The ring of a sample that took
+    k steps has rows 0 to min(k, m) - 1 filled, and its next row goes to k mod m."""
     beta: float
     tol: float
     """Freeze a sample at residual <= tol; a negative tol never freezes a finite one."""
@@ -58,29 +59,15 @@ class WindowState:
     def window(self) -> int:
         return self.G.shape[1]
 
-    def take(self, index: Tensor) -> WindowState:
-        """A copy of the samples in ``index``, (n,) int64."""
-        return replace(self, **{name: tensor[index] for name, tensor in self._tensors().items()})
-
-    def put(self, index: Tensor, part: WindowState) -> None:
-        """The reverse of :meth:`take`."""
-        for name, tensor in self._tensors().items():
-            tensor[index] = getattr(part, name)
-
-    def _tensors(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-
 
 class Backend(Protocol):
     """The three operations behind which all backends stand."""
 
-    def step(
-        self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, index: Tensor | None, slot: int, filled: int
-    ) -> None:
-        """One Anderson iteration: put (x, fx) into row ``slot``, write the next iterate into ``out``.
+    def step(self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, index: Tensor | None) -> None:
+        """One Anderson iteration: put (x, fx) into the ring, write the next iterate into ``out``.
 
         x, fx, out: (n, d) contiguous; ``out`` may be ``x`` itself. ``index``: (n,) int64, the samples that they belong
-        to, each at most once; None for all B in order. ``filled``: rows in use, this one included.
+        to, each at most once; None for all B in order.
         """
 
     def residual_norm(self, x: Tensor, fx: Tensor) -> Tensor:

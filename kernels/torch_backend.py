@@ -18,15 +18,18 @@ class TorchBackend:
     def supports(self, window: int) -> bool:
         return window >= 1
 
-    def step(
-        self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, index: Tensor | None, slot: int, filled: int
-    ) -> None:
-        part = state if index is None else state.take(index)
-        finite = _push(part, x, fx, slot, filled)
-        _solve(part, slot, filled, finite)
-        _mix(part, x, out, filled)
-        if index is not None:
-            state.put(index, part)
+    def step(self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, index: Tensor | None) -> None:
+        samples = torch.arange(len(x), device=x.device) if index is None else index
+        moving = ~state.frozen[samples]
+        if bool(moving.all()):
+            _advance(state, samples, x, fx, out, whole=index is None)
+            return
+        if out.data_ptr() != x.data_ptr():
+            out.copy_(x)
+        if bool(moving.any()):
+            part = x[moving]
+            _advance(state, samples[moving], part, fx[moving], part, whole=False)
+            out[moving] = part
 
     def residual_norm(self, x: Tensor, fx: Tensor) -> Tensor:
         return residual_of_norms(_norm(fx - x), _norm(fx), accumulator_dtype(x.dtype))
@@ -38,8 +41,8 @@ def _norm(v: Tensor) -> Tensor:
     return norm
 
 
-def _products(rows: Tensor, row_norms: Tensor, g: Tensor, g_norm: Tensor) -> Tensor:
-    """Inner products of g, (B, d), with rows, (B, n, d): (B, n) float64. Norms: (B, n) and (B,) float64.
+def _products(rows: list[Tensor], row_norms: Tensor, g: Tensor, g_norm: Tensor) -> Tensor:
+    """Inner products of g, (B, d), with n rows, (B, d) each: (B, n) float64. Norms: (B, n) and (B,) float64.
 
     Not by ``bmm``: it sums one element after the other, and at d = 49,152 in float32 that costs a relative error of
     1e-5, ten times the ridge. ``sum`` adds pairwise, to 1e-7. Both sides are brought to norm about 1 by powers of two
@@ -49,7 +52,7 @@ def _products(rows: Tensor, row_norms: Tensor, g: Tensor, g_norm: Tensor) -> Ten
     g_unit = _power_of_two(g_norm)
     g = g.to(dtype) * g_unit.to(dtype)[:, None]
     products = []
-    for row, norm in zip(rows.unbind(dim=1), row_norms.unbind(dim=1), strict=True):
+    for row, norm in zip(rows, row_norms.unbind(dim=1), strict=True):
         unit = _power_of_two(norm)
         scaled = row.to(dtype) * unit.to(dtype)[:, None]
         products.append(scaled.mul_(g).sum(dim=1).double() / unit / g_unit)
@@ -63,45 +66,63 @@ def _power_of_two(norm: Tensor) -> Tensor:
     return torch.where(usable, torch.ldexp(torch.ones_like(norm), -exponent), 1.0)
 
 
-def _push(state: WindowState, x: Tensor, fx: Tensor, slot: int, filled: int) -> Tensor:
-    """Residual row, mixed row, new Gram row, residuals. Returns which samples' new rows are finite, (B,) bool."""
-    G, Y, H = state.G, state.Y, state.H
-    active = ~state.frozen
-    g = torch.sub(fx, x)
-    given_up = state.frozen & ~(state.residual <= state.tol)
-    kept = (G[given_up, slot], Y[given_up, slot])
-    G[:, slot] = g
-    # y = x + beta g written so that beta = 1 stores f itself, without rounding.
-    torch.sub(fx, g, alpha=1.0 - state.beta, out=Y[:, slot])
-    G[given_up, slot], Y[given_up, slot] = kept  # their best iterate is still to be read from the window
-    g_norm = _norm(g)
-    H[:, slot, slot] = g_norm.square()
-    row_norms = torch.diagonal(H, dim1=1, dim2=2)[:, :filled].sqrt()
-    h = _products(G[:, :filled], row_norms, g, g_norm)
-    h[:, slot] = g_norm.square()
-    H[:, slot, :filled] = h
-    H[:, :filled, slot] = h
+def _advance(state: WindowState, samples: Tensor, x: Tensor, fx: Tensor, out: Tensor, *, whole: bool) -> None:
+    """The iteration of ``samples``, (n,) int64, none of them frozen; ``whole`` if they are all B in order."""
+    n, m = len(samples), state.window
+    line = torch.arange(n, device=x.device)
+    steps = state.iterations[samples].long()
+    slot, filled = steps % m, (steps + 1).clamp(max=m)
+    rows = int(filled.max())
 
-    residual = residual_of_norms(g_norm, _norm(fx), state.residual.dtype)
+    def history(ring: Tensor, i: int) -> Tensor:
+        return ring[:, i] if whole else ring[samples, i]
+
+    g = torch.sub(fx, x)
+    g_norm, f_norm = _norm(g), _norm(fx)
+    residual = residual_of_norms(g_norm, f_norm, state.residual.dtype)
     finite = torch.isfinite(residual)
-    rows_now = torch.where(finite, residual, torch.inf)
-    state.row_residual[:, slot] = torch.where(active, rows_now, state.row_residual[:, slot])
+    # y = x + beta g written so that beta = 1 stores f itself, without rounding.
+    y = torch.sub(fx, g, alpha=1.0 - state.beta)
     if not bool(finite.all()):
         # 0 * NaN is NaN: rows that do not take part must not hold one.
-        bad = active & ~finite
-        G[bad, slot] = 0
-        Y[bad, slot] = 0
-        H[bad, slot, :] = 0
-        H[bad, :, slot] = 0
-    state.residual.copy_(torch.where(active, residual, state.residual))
-    state.iterations += active
-    return finite
+        g[~finite], y[~finite] = 0, 0
+        g_norm = torch.where(finite, g_norm, 0.0)
+    g, y = g.to(state.G.dtype), y.to(state.Y.dtype)
+    state.G[samples, slot], state.Y[samples, slot] = g, y
+
+    H = state.H[samples]
+    in_use = torch.arange(rows, device=x.device) < filled[:, None]
+    row_norms = torch.diagonal(H, dim1=1, dim2=2)[:, :rows].sqrt()
+    h = _products([history(state.G, i) for i in range(rows)], row_norms, g, g_norm)
+    h[line, slot] = g_norm.square()
+    # A row that was never written may hold anything.
+    h = torch.where(in_use, h, 0.0)
+    H[line, slot, :rows] = h
+    H[line, :rows, slot] = h
+    state.H[samples] = H
+    state.row_residual[samples, slot] = torch.where(finite, residual, torch.inf)
+    state.residual[samples] = residual
+    state.iterations[samples] += 1
+
+    alpha, stays = _weights(state, samples, H[:, :rows, :rows], in_use, slot, finite)
+    state.weights[samples, :rows] = torch.where(in_use, alpha, state.weights[samples, :rows])
+    state.frozen[samples] = stays
+    # One path for all cases, so that a sample's bits do not depend on what its neighbours do.
+    mixed_rows = state.Y[:, :rows] if whole else state.Y[samples, :rows]
+    unused = alpha == 0
+    if bool(unused.any()):
+        # 0 * NaN is NaN, and a row that was never written may hold one.
+        mixed_rows = torch.where(unused[:, :, None], 0, mixed_rows)
+    mixed = torch.bmm(alpha[:, None], mixed_rows.to(alpha.dtype)).squeeze(1)
+    torch.where(stays[:, None], x, mixed.to(out.dtype), out=out)
 
 
-def _solve(state: WindowState, slot: int, filled: int, finite: Tensor) -> None:
-    """The m x m systems of all samples, their weights, and who is frozen from now on."""
-    valid = state.row_residual[:, :filled] < torch.inf
-    H = state.H[:, :filled, :filled]
+def _weights(
+    state: WindowState, samples: Tensor, H: Tensor, in_use: Tensor, slot: Tensor, finite: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The m x m systems: alpha, (n, rows), and which samples stay where they are, (n,) bool. H: (n, rows, rows)."""
+    rows = H.shape[1]
+    valid = in_use & (state.row_residual[samples, :rows] < torch.inf)
     diagonal = torch.diagonal(H, dim1=1, dim2=2)
     S = torch.where(valid, diagonal.rsqrt() if state.scaled else torch.ones_like(diagonal), 0.0)
     A = torch.where(valid[:, :, None] & valid[:, None, :], S[:, :, None] * H * S[:, None, :], 0.0)
@@ -112,33 +133,9 @@ def _solve(state: WindowState, slot: int, filled: int, finite: Tensor) -> None:
 
     # Fallbacks, for the sample concerned alone. A system that cannot be solved: the plain damped step from the
     # newest row. A newest row that is not finite: the plain damped step from the row before it.
-    newest = torch.zeros_like(alpha)
-    newest[:, slot] = 1.0
-    solved = torch.isfinite(alpha).all(dim=1)
-    alpha = torch.where(solved[:, None], alpha, newest)
-    converged = state.residual <= state.tol
-    given_up = torch.zeros_like(converged)
-    if not bool(finite.all()):
-        before = torch.zeros_like(alpha)
-        if filled > 1:
-            before[:, (slot - 1) % state.window] = 1.0
-        recovers = (before * valid).sum(dim=1) > 0
-        alpha = torch.where(finite[:, None], alpha, before)
-        given_up = ~finite & ~recovers
-    state.weights[:, :filled] = torch.where(state.frozen[:, None], state.weights[:, :filled], alpha)
-    state.frozen |= converged | given_up
-
-
-def _mix(state: WindowState, x: Tensor, out: Tensor, filled: int) -> None:
-    """``out = sum_i alpha_i y_i`` for samples that are not frozen, ``x`` for the others."""
-    rows = state.Y[:, :filled]
-    weights = state.weights[:, None, :filled]
-    unused = weights[:, 0] == 0
-    if bool(unused.any()):
-        # 0 * NaN is NaN, and a row that was never written may hold one.
-        rows = torch.where(unused[:, :, None], 0, rows)
-    if rows.dtype == weights.dtype and not bool(state.frozen.any()):
-        torch.bmm(weights, rows, out=out.unsqueeze(1))
-        return
-    mixed = torch.bmm(weights, rows.to(weights.dtype)).squeeze(1).to(out.dtype)
-    torch.where(state.frozen[:, None], x, mixed, out=out)
+    row = torch.arange(rows, device=H.device)
+    newest = (row == slot[:, None]).to(alpha.dtype)
+    alpha = torch.where(torch.isfinite(alpha).all(dim=1, keepdim=True), alpha, newest)
+    before = (row == ((slot - 1) % state.window)[:, None]) & valid
+    alpha = torch.where(finite[:, None], alpha, before.to(alpha.dtype)).to(state.weights.dtype)
+    return alpha, (state.residual[samples] <= state.tol) | (~finite & ~before.any(dim=1))

@@ -1,12 +1,16 @@
-"""Triton backend: an Anderson iteration in two launches, with no host in between.
+"""Triton backend: an Anderson iteration in two launches, or one for a small state, with no host in between.
 
 Launch 1, ``_push``: residual row, mixed row, partial sums of the new Gram row and of ||f||^2.
 Launch 2, ``_mix``:  finish the row, solve m x m in registers, mix, and keep the books of each sample.
 
+``_update`` does both where one program holds a whole sample (d up to FUSED_DIM). ``_reduce`` stands between the two
+where a sample has so many partial sums that reading them in every program of ``_mix`` would cost traffic.
+
 Traffic per element of the state: launch 1 reads x, f and m - 1 rows of G and writes one row of G and of Y; launch 2
-reads m rows of Y and writes x_next: 2m + 4 in all. Partial sums are added in one fixed order and no atomics are
-used, so the same input gives the same bits. Every program first looks whether its sample is frozen; if so it leaves
-without touching the history.
+reads m rows of Y and writes x_next: 2m + 4 in all (``_update`` keeps the newest y: 2m + 3). Partial sums are added in
+one fixed order and no atomics are used, so the same input gives the same bits. Every program first looks whether its
+sample is frozen; if so it leaves without touching the history. The row to write is counted on the device, sample by
+sample: every iteration is the same launch, which a CUDA graph can replay.
 """
 
 import functools
@@ -24,11 +28,18 @@ from .state import WindowState, accumulator_dtype, residual_of_norms
 MAX_WINDOW = 32
 """Rows that the solve in registers is built for (a tile of MAX_WINDOW^2 float64 over one or two warps)."""
 
+FUSED_DIM = 4096
+"""Elements of a state up to which one program handles a whole sample in one launch."""
+
 _FINISH_BLOCKS = 32
-"""Partial sums that ``_mix`` adds up at a time."""
+"""Partial sums that are added up at a time."""
+
+_REDUCE_BLOCKS = 128
+"""Partial sums of a sample from which on ``_reduce`` adds them up once, and not every program of ``_mix`` again: they
+would be more than a tenth of what such a program reads at m = 5."""
 
 
-@triton.jit(do_not_specialize=["slot", "filled"])
+@triton.jit
 def _push(
     x_ptr,
     f_ptr,
@@ -36,12 +47,12 @@ def _push(
     Y_ptr,
     partial_ptr,
     frozen_ptr,
+    iterations_ptr,
+    pushed_ptr,
     index_ptr,
     beta: tl.float64,
     dim,
     blocks,
-    slot,
-    filled,
     WINDOW: tl.constexpr,
     UNDAMPED: tl.constexpr,
     INDEXED: tl.constexpr,
@@ -51,13 +62,19 @@ def _push(
     """One program: BLOCK elements of one sample. partial: (n, blocks, WINDOW + 1), the last column for ||f||^2.
 
     Row ``row`` of x and f belongs to sample index[row] of the window, or to sample ``row`` where it is not INDEXED.
+    ``iterations`` is read here and written by ``_mix``, ``pushed`` the other way round: no program can read a count
+    that another one of its launch has changed.
     """
     program = tl.program_id(0)
     position = (program // blocks).to(tl.int64)
     sample = tl.load(index_ptr + position) if INDEXED else position
     block = program % blocks
+    steps = tl.load(iterations_ptr + sample)
     if tl.load(frozen_ptr + sample) != 0:
         return
+    if block == 0:
+        tl.store(pushed_ptr + sample, steps)
+    slot = steps % WINDOW
     # Within a sample, offsets fit int32 only for d < 2^31: they are 64-bit throughout.
     element = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = element < dim
@@ -74,7 +91,7 @@ def _push(
 
     out = partial_ptr + program.to(tl.int64) * (WINDOW + 1)
     for row in tl.static_range(WINDOW):
-        if row < filled:
+        if row <= steps:
             if row == slot:
                 # In float64: products of 1e-20 are zero in float32, and a residual of zero would pass for converged.
                 tl.store(out + row, tl.sum(g.to(tl.float64) * g.to(tl.float64), axis=0))
@@ -82,6 +99,48 @@ def _push(
                 other = tl.load(G_ptr + (first_row + row) * dim + element, mask=inside, other=0.0)
                 tl.store(out + row, tl.sum(g.to(tl.float64) * other.to(tl.float64), axis=0))
     tl.store(out + WINDOW, tl.sum(f.to(tl.float64) * f.to(tl.float64), axis=0))
+
+
+@triton.jit
+def _add_up(partial, row, in_use, blocks, WINDOW: tl.constexpr, ROWS: tl.constexpr, FINISH_BLOCKS: tl.constexpr):
+    """The new Gram row and ||f||^2 of one sample, in one order: (ROWS,) and () float64."""
+    h = tl.zeros((ROWS,), tl.float64)
+    f_squared = tl.zeros((), tl.float64)
+    first = 0
+    while first < blocks:
+        part = first + tl.arange(0, FINISH_BLOCKS)
+        line = partial + part.to(tl.int64) * (WINDOW + 1)
+        tile = tl.load(line[:, None] + row[None, :], mask=(part < blocks)[:, None] & in_use[None, :], other=0.0)
+        h += tl.sum(tile, axis=0)
+        f_squared += tl.sum(tl.load(line + WINDOW, mask=part < blocks, other=0.0), axis=0)
+        first += FINISH_BLOCKS
+    return h, f_squared
+
+
+@triton.jit
+def _reduce(
+    partial_ptr,
+    frozen_ptr,
+    pushed_ptr,
+    index_ptr,
+    blocks,
+    WINDOW: tl.constexpr,
+    ROWS: tl.constexpr,
+    INDEXED: tl.constexpr,
+    FINISH_BLOCKS: tl.constexpr,
+):
+    """One program: all partial sums of one sample, added up into the first of them."""
+    position = tl.program_id(0).to(tl.int64)
+    sample = tl.load(index_ptr + position) if INDEXED else position
+    if tl.load(frozen_ptr + sample) != 0:
+        return
+    row = tl.arange(0, ROWS)
+    in_use = (row <= tl.load(pushed_ptr + sample)) & (row < WINDOW)
+    partial = partial_ptr + position * blocks * (WINDOW + 1)
+    h, f_squared = _add_up(partial, row, in_use, blocks, WINDOW, ROWS, FINISH_BLOCKS)
+    tl.debug_barrier()
+    tl.store(partial + row, h, mask=in_use)
+    tl.store(partial + WINDOW, f_squared)
 
 
 @triton.jit
@@ -109,66 +168,27 @@ def _solve(H, S, valid, ridge, WINDOW: tl.constexpr, ROWS: tl.constexpr):
     return tl.where(valid, w / tl.sum(w, axis=0), 0.0)
 
 
-@triton.jit(do_not_specialize=["slot", "filled"])
-def _mix(
-    x_ptr,
-    out_ptr,
-    Y_ptr,
+@triton.jit
+def _weigh(
+    h,
+    f_squared,
+    sample,
+    steps,
     H_ptr,
-    partial_ptr,
     row_residual_ptr,
-    weights_ptr,
-    residual_ptr,
-    frozen_ptr,
-    iterations_ptr,
-    index_ptr,
     tol: tl.float64,
     ridge: tl.float64,
-    dim,
-    blocks,
-    slot,
-    filled,
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
     SCALED: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    INDEXED: tl.constexpr,
     TINY: tl.constexpr,
     LARGEST: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
-    FINISH_BLOCKS: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    """One program: BLOCK elements of one sample. Every program of a sample solves the same tiny system, with the same
-    bits; only the first writes the books. Another may read ``frozen`` before or after that write: either way it does
-    the same, since a sample that freezes here keeps its x."""
-    program = tl.program_id(0)
-    position = (program // blocks).to(tl.int64)
-    sample = tl.load(index_ptr + position) if INDEXED else position
-    block = program % blocks
-    element = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = element < dim
-    x_here = x_ptr + position * dim + element
-    out_here = out_ptr + position * dim + element
-    if tl.load(frozen_ptr + sample) != 0:
-        if not IN_PLACE:
-            tl.store(out_here, tl.load(x_here, mask=inside), mask=inside)
-        return
-
-    # Finish the new Gram row: h_i = sum over blocks of partial_i, in float64 and in one order.
+    """From the new Gram row to the weights: (alpha (ROWS,), residual (), entry of the ring (), stays () bool)."""
     row = tl.arange(0, ROWS)
-    in_use = row < filled
-    h = tl.zeros((ROWS,), tl.float64)
-    f_squared = tl.zeros((), tl.float64)
-    partial = partial_ptr + position * blocks * (WINDOW + 1)
-    first = 0
-    while first < blocks:
-        part = first + tl.arange(0, FINISH_BLOCKS)
-        line = partial + part.to(tl.int64) * (WINDOW + 1)
-        tile = tl.load(line[:, None] + row[None, :], mask=(part < blocks)[:, None] & in_use[None, :], other=0.0)
-        h += tl.sum(tile, axis=0)
-        f_squared += tl.sum(tl.load(line + WINDOW, mask=part < blocks, other=0.0), axis=0)
-        first += FINISH_BLOCKS
+    slot = steps % WINDOW
+    in_use = (row <= steps) & (row < WINDOW)
     newest = row == slot
     g_squared = tl.sum(tl.where(newest, h, 0.0), axis=0)
     infinity = float("inf")
@@ -178,8 +198,9 @@ def _mix(
     residual = tl.where(finite, tl.where(ratio < LARGEST, ratio, LARGEST), float("nan")).to(ACCUMULATOR)
     converged = residual <= tl.full((), tol, ACCUMULATOR)
 
+    entry = tl.where(finite, residual, infinity)
     row_residual = tl.load(row_residual_ptr + sample * WINDOW + row, mask=in_use, other=infinity)
-    row_residual = tl.where(newest, tl.where(finite, residual, infinity), row_residual)
+    row_residual = tl.where(newest, entry, row_residual)
     valid = row_residual < infinity
     H_here = H_ptr + sample * WINDOW * WINDOW
     old = tl.load(H_here + row[:, None] * WINDOW + row[None, :], mask=in_use[:, None] & in_use[None, :], other=0.0)
@@ -198,16 +219,129 @@ def _mix(
     alpha = tl.where(solved, alpha, tl.where(newest, 1.0, 0.0))
     alpha = tl.where(finite, alpha, tl.where(before, 1.0, 0.0)).to(ACCUMULATOR)
     stays = converged | ((finite == 0) & (recovers == 0))
+    return alpha, residual, entry, stays
 
+
+@triton.jit
+def _keep_books(
+    h,
+    alpha,
+    residual,
+    entry,
+    stays,
+    sample,
+    steps,
+    H_ptr,
+    row_residual_ptr,
+    weights_ptr,
+    residual_ptr,
+    frozen_ptr,
+    iterations_ptr,
+    WINDOW: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """What the next iteration needs to know of this one."""
+    row = tl.arange(0, ROWS)
+    slot = steps % WINDOW
+    in_use = (row <= steps) & (row < WINDOW)
+    H_here = H_ptr + sample * WINDOW * WINDOW
+    tl.store(H_here + slot * WINDOW + row, h, mask=in_use)
+    tl.store(H_here + row * WINDOW + slot, h, mask=in_use)
+    tl.store(row_residual_ptr + sample * WINDOW + slot, entry)
+    tl.store(weights_ptr + sample * WINDOW + row, alpha, mask=in_use)
+    tl.store(residual_ptr + sample, residual)
+    tl.store(iterations_ptr + sample, steps + 1)
+    if stays:
+        tl.store(frozen_ptr + sample, 1)
+
+
+@triton.jit
+def _mix(
+    x_ptr,
+    out_ptr,
+    Y_ptr,
+    H_ptr,
+    partial_ptr,
+    row_residual_ptr,
+    weights_ptr,
+    residual_ptr,
+    frozen_ptr,
+    iterations_ptr,
+    pushed_ptr,
+    index_ptr,
+    tol: tl.float64,
+    ridge: tl.float64,
+    dim,
+    blocks,
+    sums,
+    WINDOW: tl.constexpr,
+    ROWS: tl.constexpr,
+    SCALED: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    INDEXED: tl.constexpr,
+    TINY: tl.constexpr,
+    LARGEST: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    FINISH_BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: BLOCK elements of one sample, of which ``sums`` partial sums are to be added up.
+
+    Every program of a sample solves the same tiny system, with the same bits; only the first writes the books. Another
+    may read ``frozen`` before or after that write: either way it does the same, since a sample that freezes here keeps
+    its x. The row and column of H that the first writes are read by no other: they come from the partial sums."""
+    program = tl.program_id(0)
+    position = (program // blocks).to(tl.int64)
+    sample = tl.load(index_ptr + position) if INDEXED else position
+    block = program % blocks
+    steps = tl.load(pushed_ptr + sample)
+    element = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < dim
+    x_here = x_ptr + position * dim + element
+    out_here = out_ptr + position * dim + element
+    if tl.load(frozen_ptr + sample) != 0:
+        if not IN_PLACE:
+            tl.store(out_here, tl.load(x_here, mask=inside), mask=inside)
+        return
+
+    row = tl.arange(0, ROWS)
+    in_use = (row <= steps) & (row < WINDOW)
+    partial = partial_ptr + position * blocks * (WINDOW + 1)
+    h, f_squared = _add_up(partial, row, in_use, sums, WINDOW, ROWS, FINISH_BLOCKS)
+    alpha, residual, entry, stays = _weigh(
+        h,
+        f_squared,
+        sample,
+        steps,
+        H_ptr,
+        row_residual_ptr,
+        tol,
+        ridge,
+        WINDOW,
+        ROWS,
+        SCALED,
+        TINY,
+        LARGEST,
+        ACCUMULATOR,
+    )
     if block == 0:
-        tl.store(H_here + slot * WINDOW + row, h, mask=in_use)
-        tl.store(H_here + row * WINDOW + slot, h, mask=in_use)
-        tl.store(row_residual_ptr + sample * WINDOW + row, row_residual, mask=newest)
-        tl.store(weights_ptr + sample * WINDOW + row, alpha, mask=in_use)
-        tl.store(residual_ptr + sample, residual)
-        tl.store(iterations_ptr + sample, tl.load(iterations_ptr + sample) + 1)
-        if stays:
-            tl.store(frozen_ptr + sample, 1)
+        _keep_books(
+            h,
+            alpha,
+            residual,
+            entry,
+            stays,
+            sample,
+            steps,
+            H_ptr,
+            row_residual_ptr,
+            weights_ptr,
+            residual_ptr,
+            frozen_ptr,
+            iterations_ptr,
+            WINDOW,
+            ROWS,
+        )
     if stays:
         if not IN_PLACE:
             tl.store(out_here, tl.load(x_here, mask=inside), mask=inside)
@@ -220,6 +354,116 @@ def _mix(
         Y_row = Y_ptr + (sample * WINDOW + i) * dim + element
         y = tl.load(Y_row, mask=element < tl.where(weight != 0.0, dim, 0), other=0.0)
         mixed += weight * y.to(ACCUMULATOR)
+    tl.store(out_here, mixed.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _update(
+    x_ptr,
+    f_ptr,
+    out_ptr,
+    G_ptr,
+    Y_ptr,
+    H_ptr,
+    row_residual_ptr,
+    weights_ptr,
+    residual_ptr,
+    frozen_ptr,
+    iterations_ptr,
+    index_ptr,
+    beta: tl.float64,
+    tol: tl.float64,
+    ridge: tl.float64,
+    dim,
+    WINDOW: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNDAMPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    INDEXED: tl.constexpr,
+    TINY: tl.constexpr,
+    LARGEST: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: a whole sample of up to BLOCK elements, the whole iteration."""
+    position = tl.program_id(0).to(tl.int64)
+    sample = tl.load(index_ptr + position) if INDEXED else position
+    steps = tl.load(iterations_ptr + sample)
+    element = tl.arange(0, BLOCK).to(tl.int64)
+    inside = element < dim
+    x_stored = tl.load(x_ptr + position * dim + element, mask=inside, other=0.0)
+    out_here = out_ptr + position * dim + element
+    if tl.load(frozen_ptr + sample) != 0:
+        if not IN_PLACE:
+            tl.store(out_here, x_stored, mask=inside)
+        return
+    slot = steps % WINDOW
+    f = tl.load(f_ptr + position * dim + element, mask=inside, other=0.0).to(ACCUMULATOR)
+    # As in _push: the Gram matrix and the mix belong to the rows as they are stored.
+    g_stored = (f - x_stored.to(ACCUMULATOR)).to(G_ptr.dtype.element_ty)
+    g = g_stored.to(ACCUMULATOR)
+    y = f if UNDAMPED else f - tl.full((), 1.0 - beta, ACCUMULATOR) * g
+    y_stored = y.to(Y_ptr.dtype.element_ty)
+    first_row = sample * WINDOW
+    new_row = (first_row + slot) * dim + element
+    tl.store(G_ptr + new_row, g_stored, mask=inside)
+    tl.store(Y_ptr + new_row, y_stored, mask=inside)
+    row = tl.arange(0, ROWS)
+    h = tl.where(row == slot, tl.sum(g.to(tl.float64) * g.to(tl.float64), axis=0), tl.zeros((ROWS,), tl.float64))
+    f_squared = tl.sum(f.to(tl.float64) * f.to(tl.float64), axis=0)
+    # Rows that take no part are masked, not branched around, which would wait for one row after the other.
+    for i in tl.static_range(WINDOW):
+        end = tl.where((i < steps) & (i != slot), dim, 0)
+        other = tl.load(G_ptr + (first_row + i) * dim + element, mask=element < end, other=0.0)
+        h += tl.where((row == i) & (row != slot), tl.sum(g.to(tl.float64) * other.to(tl.float64), axis=0), 0.0)
+    alpha, residual, entry, stays = _weigh(
+        h,
+        f_squared,
+        sample,
+        steps,
+        H_ptr,
+        row_residual_ptr,
+        tol,
+        ridge,
+        WINDOW,
+        ROWS,
+        SCALED,
+        TINY,
+        LARGEST,
+        ACCUMULATOR,
+    )
+    # All warps of this program have read the books before one of them writes.
+    tl.debug_barrier()
+    _keep_books(
+        h,
+        alpha,
+        residual,
+        entry,
+        stays,
+        sample,
+        steps,
+        H_ptr,
+        row_residual_ptr,
+        weights_ptr,
+        residual_ptr,
+        frozen_ptr,
+        iterations_ptr,
+        WINDOW,
+        ROWS,
+    )
+    if stays:
+        if not IN_PLACE:
+            tl.store(out_here, x_stored, mask=inside)
+        return
+    weight = tl.sum(tl.where(row == slot, alpha, 0.0), axis=0)
+    # 0 * NaN is NaN: where f is not finite the newest row has no weight.
+    mixed = tl.where(weight != 0.0, weight * y_stored.to(ACCUMULATOR), 0.0)
+    for i in tl.static_range(WINDOW):
+        weight = tl.sum(tl.where((row == i) & (row != slot), alpha, 0.0), axis=0)
+        Y_row = Y_ptr + (first_row + i) * dim + element
+        y_row = tl.load(Y_row, mask=element < tl.where(weight != 0.0, dim, 0), other=0.0)
+        mixed += weight * y_row.to(ACCUMULATOR)
     tl.store(out_here, mixed.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -256,6 +500,16 @@ def launch_shape(dim: int, window: int = 1, warp_size: int = 32) -> tuple[int, i
     return block, triton.cdiv(dim, block), max(1, threads // warp_size)
 
 
+def fused_launch_shape(dim: int, itemsize: int, warp_size: int = 32) -> tuple[int, int]:
+    """(BLOCK elements of a program, warps of it) for ``_update`` on a state of ``dim`` elements of ``itemsize`` bytes.
+
+    A sample has one program only, so that it is spread over as many threads as 16-byte accesses allow, up to 512.
+    """
+    block = max(16, triton.next_power_of_2(dim))
+    threads = min(512, block * itemsize // 16)
+    return block, max(1, threads // warp_size)
+
+
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -272,71 +526,77 @@ def _warp_size(device: torch.device) -> int:
 class TritonBackend:
     """See :class:`kernels.state.Backend`."""
 
-    def __init__(self) -> None:
+    _pushed: Tensor
+
+    def __init__(self, fused_dim: int = FUSED_DIM, reduce_blocks: int = _REDUCE_BLOCKS) -> None:
+        self._fused_dim, self._reduce_blocks = fused_dim, reduce_blocks
         self._partial: Tensor | None = None
 
     def supports(self, window: int) -> bool:
         return 1 <= window <= MAX_WINDOW
 
-    def step(
-        self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, index: Tensor | None, slot: int, filled: int
-    ) -> None:
+    def step(self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, index: Tensor | None) -> None:
         batch_size, window, dim = state.G.shape
-        block, blocks, warps = launch_shape(dim, window, _warp_size(x.device))
-        accumulator = _TL_DTYPE[accumulator_dtype(x.dtype)]
-        if self._partial is None:
-            self._partial = state.H.new_empty(batch_size, blocks, window + 1)
+        fused = dim <= self._fused_dim
+        warp_size = _warp_size(x.device)
+        if fused:
+            block, warps = fused_launch_shape(dim, x.element_size(), warp_size)
+        else:
+            block, blocks, warps = launch_shape(dim, window, warp_size)
         frozen = state.frozen.view(torch.uint8)
-        grid = (x.shape[0] * blocks,)
         shared: dict[str, Any] = {
             "WINDOW": window,
-            "ACCUMULATOR": accumulator,
+            "ACCUMULATOR": _TL_DTYPE[accumulator_dtype(x.dtype)],
             "INDEXED": index is not None,
             "BLOCK": block,
             "num_warps": warps,
         }
+        of_system: dict[str, Any] = {
+            "ROWS": triton.next_power_of_2(window),
+            "SCALED": state.scaled,
+            "IN_PLACE": out.data_ptr() == x.data_ptr(),
+            "TINY": torch.finfo(torch.float64).tiny,
+            "LARGEST": torch.finfo(state.residual.dtype).max,
+        }
+        books = (state.row_residual, state.weights, state.residual, frozen, state.iterations)
         samples = frozen if index is None else index  # a pointer that is not read where there is no index
+        undamped = state.beta == 1.0
         with _on(x.device):
+            if fused:
+                _update[(x.shape[0],)](
+                    *(x, fx, out, state.G, state.Y, state.H, *books, samples),
+                    *(state.beta, state.tol, state.ridge, dim),
+                    UNDAMPED=undamped,
+                    **of_system,
+                    **shared,
+                )
+                return
+            if self._partial is None:
+                self._partial = state.H.new_empty(batch_size, blocks, window + 1)
+                self._pushed = torch.empty_like(state.iterations)
+            grid = (x.shape[0] * blocks,)
             _push[grid](
-                x,
-                fx,
-                state.G,
-                state.Y,
-                self._partial,
-                frozen,
-                samples,
-                state.beta,
-                dim,
-                blocks,
-                slot,
-                filled,
-                UNDAMPED=state.beta == 1.0,
+                *(x, fx, state.G, state.Y, self._partial, frozen, state.iterations, self._pushed, samples),
+                *(state.beta, dim, blocks),
+                UNDAMPED=undamped,
                 **shared,
             )
+            sums = blocks
+            if blocks > self._reduce_blocks:
+                _reduce[(x.shape[0],)](
+                    *(self._partial, frozen, self._pushed, samples, blocks),
+                    WINDOW=window,
+                    ROWS=of_system["ROWS"],
+                    INDEXED=index is not None,
+                    FINISH_BLOCKS=_FINISH_BLOCKS,
+                    num_warps=4,
+                )
+                sums = 1
             _mix[grid](
-                x,
-                out,
-                state.Y,
-                state.H,
-                self._partial,
-                state.row_residual,
-                state.weights,
-                state.residual,
-                frozen,
-                state.iterations,
-                samples,
-                state.tol,
-                state.ridge,
-                dim,
-                blocks,
-                slot,
-                filled,
-                ROWS=triton.next_power_of_2(window),
-                SCALED=state.scaled,
-                IN_PLACE=out.data_ptr() == x.data_ptr(),
-                TINY=torch.finfo(torch.float64).tiny,
-                LARGEST=torch.finfo(state.residual.dtype).max,
+                *(x, out, state.Y, state.H, self._partial, *books, self._pushed, samples),
+                *(state.tol, state.ridge, dim, blocks, sums),
                 FINISH_BLOCKS=_FINISH_BLOCKS,
+                **of_system,
                 **shared,
             )
 

@@ -20,6 +20,9 @@ DEFAULT_RIDGE: dict[Regularization, float] = {"scaled": 1e-6, "absolute": 1e-4}
 positive definite whatever its rows; any value from 1e-12 to 1e-5 gives the same iteration counts (README, design
 notes). ``absolute``: the tutorial's, TorchDEQ's and jaxopt's order of magnitude."""
 
+_GATHER_PARTS = 4
+"""Parts of the batch in which the best iterates are gathered: two rows of each at a time."""
+
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -163,7 +166,6 @@ class AndersonWindow:
             ridge=DEFAULT_RIDGE[regularization] if ridge is None else float(ridge),
             scaled=regularization == "scaled",
         )
-        self._steps = 0
 
     @property
     def residual(self) -> Tensor:
@@ -172,7 +174,7 @@ class AndersonWindow:
 
     @property
     def weights(self) -> Tensor:
-        """(B, m) weights alpha of the last step, in ring order (row i holds iterations i, i + m, ...)."""
+        """(B, m) weights alpha of the last step, in ring order (row i holds its steps i, i + m, ...)."""
         return self._state.weights
 
     @property
@@ -200,7 +202,7 @@ class AndersonWindow:
             ValueError: if a shape, dtype or device is not the window's.
         """
         state = self._state
-        batch_size, window, dim = state.G.shape
+        batch_size, _, dim = state.G.shape
         if index is not None:
             if index.ndim != 1 or index.dtype != torch.int64 or index.device != state.G.device or len(index) == 0:
                 raise ValueError(
@@ -226,25 +228,31 @@ class AndersonWindow:
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
         elif not out.is_contiguous():
             raise ValueError(f"out must be contiguous, got strides {out.stride()}")
-        slot = self._steps % window
-        self._steps += 1
-        self._backend.step(state, x.contiguous(), fx.contiguous(), out, index, slot, min(self._steps, window))
+        self._backend.step(state, x.contiguous(), fx.contiguous(), out, index)
         return out
 
     @torch.no_grad()
-    def best(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def best(self, x: Tensor, *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The iterate of lowest residual still in the window, and that residual: (B, d), (B,).
 
         Converged samples keep their row of ``x``, and so do those of which no row is finite. No iterate is stored for
-        this: x_i = y_i - beta g_i, exact up to the rounding of one subtraction in the state's dtype.
+        this: x_i = y_i - beta g_i, exact up to the rounding of one subtraction in the state's dtype. The result is
+        written to ``out`` if given, which may be ``x`` itself.
         """
         state = self._state
         index = state.row_residual.argmin(dim=1)
-        rows = torch.arange(index.shape[0], device=index.device)
-        lowest = state.row_residual[rows, index]
-        z = torch.sub(state.Y[rows, index], state.G[rows, index], alpha=state.beta)
+        samples = torch.arange(index.shape[0], device=index.device)
+        lowest = state.row_residual[samples, index]
         keep = (state.frozen & (state.residual <= state.tol)) | torch.isinf(lowest)
-        return torch.where(keep[:, None], x, z), torch.where(keep, state.residual, lowest)
+        if out is None:
+            out = torch.empty_like(x)
+        # Some samples at a time: what is gathered on the way stays small beside the state.
+        size = -(-len(index) // _GATHER_PARTS)
+        for begin in range(0, len(index), size):
+            part = slice(begin, begin + size)
+            z = state.Y[samples[part], index[part]].sub_(state.G[samples[part], index[part]], alpha=state.beta)
+            torch.where(keep[part, None], x[part], z, out=out[part])
+        return out, torch.where(keep, state.residual, lowest)
 
 
 def residual_norm(x: Tensor, fx: Tensor, *, backend: BackendName = "auto") -> Tensor:

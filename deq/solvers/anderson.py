@@ -85,4 +85,4 @@ class _AndersonIteration:
         return x_next
 
     def best(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._window.best(x)
+        return self._window.best(x, out=x)

@@ -78,7 +78,7 @@ class Iteration(Protocol):
     def best(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The iterate of lowest residual, (B, d), and that residual, (B,).
 
-        x: (B, d), what the last step that a sample took part in returned for it.
+        x: (B, d), what the last step that a sample took part in returned for it; may be overwritten.
         """
 
 

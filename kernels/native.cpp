@@ -14,11 +14,16 @@
 #include <limits>
 #include <vector>
 
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr int64_t BLOCK = 2048;        // elements whose residual stays in the L1 cache while the rows pass by
 constexpr int64_t PIECE = 16 * BLOCK;  // elements of one unit of work where there are fewer samples than threads
 constexpr int64_t MAX_WINDOW = 64;
+constexpr int64_t CACHED = 64 << 20;   // bytes of history that caches may hold: above those of a desktop processor
 
 }  // namespace
 
@@ -35,6 +40,35 @@ struct Window {
 }  // extern "C"
 
 namespace {
+
+// Whether a row that is written now will have left the caches by the time it is read.
+template <typename T>
+bool beyond_the_caches(const Window& w) {
+    return 2 * w.batch * w.window * w.dim * static_cast<int64_t>(sizeof(T)) > CACHED;
+}
+
+// Copies n elements past the caches: a plain store reads each line from memory before it overwrites it. Other threads
+// see them after `streamed`.
+template <typename T>
+inline void stream(const T* source, T* target, int64_t n) {
+#ifdef __AVX__
+    constexpr int64_t LANES = 32 / sizeof(T);
+    int64_t j = 0;
+    for (; j < n && reinterpret_cast<uintptr_t>(target + j) % 32 != 0; ++j) target[j] = source[j];
+    for (; j + LANES <= n; j += LANES)
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(target + j),
+                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + j)));
+    for (; j < n; ++j) target[j] = source[j];
+#else
+    std::copy(source, source + n, target);
+#endif
+}
+
+inline void streamed() {
+#ifdef __AVX__
+    _mm_sfence();
+#endif
+}
 
 template <typename T>
 struct Sample {
@@ -103,11 +137,14 @@ inline void combine(T* __restrict o, const T* const* rows, const T* a, int64_t n
 template <typename T>
 void push(const Window& w, const Sample<T>& s, int64_t slot, int64_t filled, int64_t begin, int64_t end, double* sums) {
     const T damping = static_cast<T>(1.0 - w.beta);
+    const bool large = beyond_the_caches<T>(w);
+    T buffer[BLOCK];
     for (int64_t at = begin; at < end; at += BLOCK) {
         const int64_t n = std::min(BLOCK, end - at);
         const T* __restrict x = s.x + at;
         const T* __restrict f = s.f + at;
-        T* __restrict g = s.G + slot * w.dim + at;
+        T* const g_row = s.G + slot * w.dim + at;
+        T* __restrict g = large ? buffer : g_row;
         T* __restrict y = s.Y + slot * w.dim + at;
         // The norms in double: squares of 1e-20 are zero in float, and a residual of zero would pass for converged.
         double gg = 0, ff = 0;
@@ -120,7 +157,10 @@ void push(const Window& w, const Sample<T>& s, int64_t slot, int64_t filled, int
         }
         // y = x + beta g written so that beta = 1 stores f itself, without rounding.
         if (w.beta == 1.0) {
-            std::copy(f, f + n, y);
+            if (large)
+                stream(f, y, n);
+            else
+                std::copy(f, f + n, y);
         } else {
 #pragma omp simd
             for (int64_t j = 0; j < n; ++j) y[j] = f[j] - damping * g[j];
@@ -143,7 +183,9 @@ void push(const Window& w, const Sample<T>& s, int64_t slot, int64_t filled, int
         if (k == 3) dot<3>(g, rows, n, into);
         if (k == 2) dot<2>(g, rows, n, into);
         if (k == 1) dot<1>(g, rows, n, into);
+        if (large) stream(g, g_row, n);
     }
+    if (large) streamed();
 }
 
 // ||g|| / ||f|| from the squares: the largest number where only f is zero, NaN where either is not finite.
@@ -216,19 +258,23 @@ bool finish(const Window& w, const Sample<T>& s, int64_t slot, int64_t filled, c
 
 // Launch 2: out = sum_i alpha_i y_i over elements [begin, end).
 template <typename T>
-void mix(const Window& w, const Sample<T>& s, int64_t filled, int64_t begin, int64_t end) {
+void mix(const Window& w, const Sample<T>& s, int64_t slot, int64_t filled, int64_t begin, int64_t end) {
     // A row of no weight is not read: it may hold the NaN that took it out.
     const T* rows[MAX_WINDOW];
     T a[MAX_WINDOW];
     int64_t count = 0;
+    const bool large = beyond_the_caches<T>(w);
+    T buffer[BLOCK];
     for (int64_t i = 0; i < filled; ++i)
         if (s.weights[i] != T(0)) {
-            rows[count] = s.Y + i * w.dim;
+            // With beta = 1 the newest row is f, which the caches still hold.
+            rows[count] = i == slot && w.beta == 1.0 ? s.f : s.Y + i * w.dim;
             a[count++] = s.weights[i];
         }
     for (int64_t at = begin; at < end; at += BLOCK) {
         const int64_t n = std::min(BLOCK, end - at);
-        T* o = s.out + at;
+        T* const out = s.out + at;
+        T* o = large ? buffer : out;
         for (int64_t i = 0; i < count; i += 4) {
             const T* four[4];
             const int64_t k = std::min<int64_t>(4, count - i);
@@ -245,7 +291,9 @@ void mix(const Window& w, const Sample<T>& s, int64_t filled, int64_t begin, int
                 if (k == 1) combine<1, false>(o, four, a + i, n);
             }
         }
+        if (large) stream(o, out, n);
     }
+    if (large) streamed();
 }
 
 template <typename T>
@@ -283,7 +331,7 @@ void step(const Window& w, const void* x, const void* f, void* out, const int64_
                     moves = finish(w, s, slot, filled, sums.data());
                 }
                 if (moves)
-                    mix(w, s, filled, 0, w.dim);
+                    mix(w, s, slot, filled, 0, w.dim);
                 else
                     keep(w, s);
             }
@@ -309,7 +357,7 @@ void step(const Window& w, const void* x, const void* f, void* out, const int64_
             continue;
         }
 #pragma omp parallel for num_threads(threads) schedule(static)
-        for (int64_t p = 0; p < pieces; ++p) mix(w, s, filled, p * PIECE, std::min(w.dim, (p + 1) * PIECE));
+        for (int64_t p = 0; p < pieces; ++p) mix(w, s, slot, filled, p * PIECE, std::min(w.dim, (p + 1) * PIECE));
     }
 }
 

@@ -228,6 +228,8 @@ class AndersonWindow:
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
         elif not out.is_contiguous():
             raise ValueError(f"out must be contiguous, got strides {out.stride()}")
+        elif out.data_ptr() == fx.data_ptr():
+            raise ValueError("out must not be fx, which is read while out is written: give another tensor, or x")
         self._backend.step(state, x.contiguous(), fx.contiguous(), out, index)
         return out
 

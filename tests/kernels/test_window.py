@@ -391,6 +391,8 @@ def test_bad_input_is_refused_with_what_was_expected() -> None:
             window.step(x, fx)
     with pytest.raises(ValueError, match="out must be contiguous"):
         window.step(good, good, out=torch.zeros(8, 2).t())
+    with pytest.raises(ValueError, match="out must not be fx"):
+        window.step(good, fx := good + 1, out=fx)
     with pytest.raises(ValueError, match=r"must be \(B, d\) of one dtype"):
         residual_norm(good, torch.zeros(2, 9))
 
@@ -414,6 +416,17 @@ def test_splitting_a_batch_gives_the_same_bits() -> None:
     whole = run(make("native", X, 3), X, F)
     halves = [
         run(make("native", part, 3), part, part_F) for part, part_F in ((X[:, :2], F[:, :2]), (X[:, 2:], F[:, 2:]))
+    ]
+    assert torch.equal(torch.cat(halves), whole)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_a_history_beyond_the_caches_gives_the_same_bits(beta: float) -> None:
+    # 77 MB as a whole, 39 MB in halves; an odd d, so that rows start at every alignment.
+    X, F = random_sequence(5, 32, 100_003)
+    whole = run(make("native", X, 3, beta=beta), X, F)
+    halves = [
+        run(make("native", X[:, part], 3, beta=beta), X[:, part], F[:, part]) for part in (slice(16), slice(16, 32))
     ]
     assert torch.equal(torch.cat(halves), whole)
 

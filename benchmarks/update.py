@@ -8,6 +8,10 @@ way: a whole solve of K iterations minus K evaluations of the same f, per iterat
 and never converged. At the paper's size, d = 48 * 32 * 32, one evaluation of the paper's cell is timed too: what an
 update must be small against. All are timed in turns, round after round, and ratios are taken within a round: the
 median and the range over rounds are printed.
+
+On a CPU what a peer costs depends on its process: one that allocates tensors in every iteration pays for fresh pages
+unless something before it has taught the allocator to keep them. ``--peers torchdeq --no-compile`` measures the pair
+in a process that holds nothing else, as in a training run; without options all share one.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ from deq.models.classifier import ResidualCell
 from deq.solvers import Anderson, Forward
 from kernels import AndersonWindow
 
-PEERS = ("TorchDEQ anderson_solver", "SCS aa (type II)")
+PEERS = {"torchdeq": "TorchDEQ anderson_solver", "aa": "SCS aa (type II)"}
+PEER_NAMES = (*PEERS, "jaxopt")
 Work = Callable[[], object]
 
 
@@ -130,6 +135,9 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=20, help="K, of one solve")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
+        "--peers", nargs="*", choices=PEER_NAMES, default=PEER_NAMES, help="all unless named: what runs in one process"
+    )
+    parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="the compiled formula too"
     )
     parser.add_argument("--device", default=default_device())
@@ -182,10 +190,11 @@ def main() -> None:
     if options.compile:
         compiled = torch.compile(eager_update)
         measures["formula, torch.compile, one update"] = lambda: seconds_repeated(lambda: compiled(X, F), device)
-    for name, solve in installed(PEERS).items():
+    for name, solve in installed(tuple(PEERS[peer] for peer in options.peers if peer in PEERS)).items():
         if device.type == "cpu" or name in ON_A_GPU:
             measures[f"{name}, overhead in a solve"] = overhead(solve)
-    jaxopt = jaxopt_overhead(f, z0, m, iterations) if device.type == "cpu" else None
+    with_jaxopt = device.type == "cpu" and "jaxopt" in options.peers
+    jaxopt = jaxopt_overhead(f, z0, m, iterations) if with_jaxopt else None
     if jaxopt is not None:
         measures["jaxopt (jit, vmap), overhead in a solve"] = jaxopt
 
@@ -216,9 +225,13 @@ def main() -> None:
                 over(taken.get(CELL), times),
             ]
         )
+    everyone = set(options.peers) == set(PEER_NAMES)
+    flags = "" if everyone else f" --peers {' '.join(options.peers)}"
+    flags += "" if options.compile else " --no-compile"
     show_and_save(
-        f"update-b{batch}-d{dim}-m{m}",
-        f"python -m benchmarks.update --batch {batch} --dim {dim} --window {m} --iterations {iterations}",
+        f"update-b{batch}-d{dim}-m{m}" + ("" if everyone else "-" + "-".join(options.peers)),
+        f"python -m benchmarks.update --batch {batch} --dim {dim} --window {m} --iterations {iterations} "
+        f"--rounds {options.rounds}{flags}",
         f"B = {batch}, d = {dim}, m = {m}, float32, K = {iterations}, {options.rounds} rounds, "
         f"{torch.get_num_threads()} threads.",
         [

@@ -317,8 +317,7 @@ void step(const Window& w, const void* x, const void* f, void* out, const int64_
 #pragma omp parallel num_threads(threads) if (threads > 1 && count > 1)
         {
             std::vector<double> partial(pieces * width), sums(width);
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t row = 0; row < count; ++row) {
+            const auto advance = [&](int64_t row) {
                 const Sample<T> s(w, row, index ? index[row] : row, x, f, out);
                 // A sample's own steps say which row of its ring is next.
                 const int64_t slot = *s.iterations % w.window, filled = std::min<int64_t>(*s.iterations + 1, w.window);
@@ -334,6 +333,15 @@ void step(const Window& w, const void* x, const void* f, void* out, const int64_
                     mix(w, s, slot, filled, 0, w.dim);
                 else
                     keep(w, s);
+            };
+            if (beyond_the_caches<T>(w)) {
+#pragma omp for schedule(dynamic, 1)
+                for (int64_t row = 0; row < count; ++row) advance(row);
+            } else {
+                // A sample stays with one thread, in whose cache its history is; neighbours, whose books share cache
+                // lines, stay together.
+#pragma omp for schedule(static)
+                for (int64_t row = 0; row < count; ++row) advance(row);
             }
         }
         return;

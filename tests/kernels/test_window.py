@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -586,3 +587,34 @@ def test_best_may_be_written_over_the_last_iterate(backend: str) -> None:
     assert torch.equal(z, x)
     assert torch.equal(z[2].cpu(), X[4, 2]), "converged: untouched"
     assert torch.equal(residual, same)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what Triton's interpreter reads and writes")
+@pytest.mark.parametrize(("backend", "beyond_2m"), [(TWO_LAUNCHES, 4), ("triton", 3)])
+@pytest.mark.parametrize("m", [1, 2, 5])
+def test_traffic_is_that_of_the_model(backend: str, beyond_2m: int, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import interpreter_builder
+
+    batch, dim = 2, 1500
+    X, F = random_sequence(m + 2, batch, dim)
+    window = make(backend, X, m)
+    run(window, X[:-1], F[:-1])
+    x, fx, out = X[-1].clone(), F[-1].clone(), torch.empty(batch, dim)
+    state = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in (x, fx, out, window._state.G, window._state.Y)]
+    moved = 0
+
+    def counted(name: str, mask_position: int) -> None:
+        access = getattr(interpreter_builder, name)
+
+        def count(ptrs: Any, *rest: Any) -> object:
+            nonlocal moved
+            inside = [(ptrs.data >= low) & (ptrs.data < high) for low, high in state]
+            moved += sum(int((rest[mask_position].data & part).sum()) for part in inside)
+            return access(ptrs, *rest)
+
+        monkeypatch.setattr(interpreter_builder, name, count)
+
+    counted("create_masked_load", 0)
+    counted("create_masked_store", 1)
+    window.step(x, fx, out=out)
+    assert moved == (2 * m + beyond_2m) * batch * dim

@@ -267,8 +267,8 @@ void mix(const Window& w, const Sample<T>& s, int64_t slot, int64_t filled, int6
     T buffer[BLOCK];
     for (int64_t i = 0; i < filled; ++i)
         if (s.weights[i] != T(0)) {
-            // With beta = 1 the newest row is f, which the caches still hold.
-            rows[count] = i == slot && w.beta == 1.0 ? s.f : s.Y + i * w.dim;
+            // With beta = 1 the newest row is f, which the caches still hold (unless f is written to here).
+            rows[count] = i == slot && w.beta == 1.0 && s.f != s.out ? s.f : s.Y + i * w.dim;
             a[count++] = s.weights[i];
         }
     for (int64_t at = begin; at < end; at += BLOCK) {

@@ -66,8 +66,8 @@ class Backend(Protocol):
     def step(self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, index: Tensor | None) -> None:
         """One Anderson iteration: put (x, fx) into the ring, write the next iterate into ``out``.
 
-        x, fx, out: (n, d) contiguous; ``out`` may be ``x`` itself. ``index``: (n,) int64, the samples that they belong
-        to, each at most once; None for all B in order.
+        x, fx, out: (n, d) contiguous; ``out`` may be ``x`` or ``fx`` itself. ``index``: (n,) int64, the samples that
+        they belong to, each at most once; None for all B in order.
         """
 
     def residual_norm(self, x: Tensor, fx: Tensor) -> Tensor:

@@ -24,11 +24,11 @@ class TorchBackend:
         if bool(moving.all()):
             _advance(state, samples, x, fx, out, whole=index is None)
             return
+        part, f_part = x[moving], fx[moving]  # copies, before ``out`` is written, which may be either
         if out.data_ptr() != x.data_ptr():
             out.copy_(x)
         if bool(moving.any()):
-            part = x[moving]
-            _advance(state, samples[moving], part, fx[moving], part, whole=False)
+            _advance(state, samples[moving], part, f_part, part, whole=False)
             out[moving] = part
 
     def residual_norm(self, x: Tensor, fx: Tensor) -> Tensor:

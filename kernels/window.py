@@ -195,8 +195,8 @@ class AndersonWindow:
         values are not checked), and x, fx and the result are
         (n, d): what became of the others stays in the window.
 
-        The result is written to ``out`` if given: a contiguous (B, d) tensor, which may be ``x`` itself. For frozen
-        samples, and for one that freezes in this very step, it is x.
+        The result is written to ``out`` if given: a contiguous (B, d) tensor, which may be ``x`` or ``fx`` itself. For
+        frozen samples, and for one that freezes in this very step, it is x.
 
         Raises:
             ValueError: if a shape, dtype or device is not the window's.
@@ -228,8 +228,6 @@ class AndersonWindow:
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
         elif not out.is_contiguous():
             raise ValueError(f"out must be contiguous, got strides {out.stride()}")
-        elif out.data_ptr() == fx.data_ptr():
-            raise ValueError("out must not be fx, which is read while out is written: give another tensor, or x")
         self._backend.step(state, x.contiguous(), fx.contiguous(), out, index)
         return out
 

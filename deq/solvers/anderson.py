@@ -21,7 +21,7 @@ class Anderson(Solver):
     Args:
         window: m, at least 1 (1 is the damped forward iteration).
         beta: mixing parameter in (0, 1]; 1 mixes the values f_i, smaller values pull towards the iterates x_i.
-        tol, max_iter, stop, compact: see :class:`~deq.solvers.base.Solver`.
+        tol, max_iter, stop, compact, check_every: see :class:`~deq.solvers.base.Solver`.
         regularization: ``scaled`` (unaffected by the scale of f) or ``absolute`` (what TorchDEQ and jaxopt do).
         ridge: strength of the regularisation; default 1e-6 for ``scaled``, 1e-4 for ``absolute``.
         backend: ``auto``, ``triton``, ``native`` or ``torch``.

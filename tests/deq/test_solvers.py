@@ -277,6 +277,8 @@ def test_a_start_without_elements_is_refused(solver: Solver, z0: Tensor) -> None
         ({"tol": math.nan}, "tol must be finite and at least 0, got nan"),
         ({"max_iter": 0}, "max_iter must be at least 1, got 0"),
         ({"max_iter": 2.5}, "max_iter must be a whole number"),
+        ({"check_every": 0}, "check_every must be a whole number of evaluations, at least 1, got 0"),
+        ({"check_every": 1.5}, "check_every must be a whole number"),
         ({"stop": "any"}, "stop must be one of .* got 'any'"),
         ({"beta": 0.0}, "beta must be above 0 and at most 1, got 0.0"),
         ({"beta": 1.5}, "beta must be above 0 and at most 1, got 1.5"),
@@ -363,3 +365,26 @@ def test_a_map_that_passes_through_zero_is_not_given_up(
         torch.testing.assert_close(solution.z, torch.full((1, 3), shift / (1 - slope)), rtol=1e-3, atol=0)
     else:
         assert solution.evaluations == solver.max_iter, "an oscillation goes on to the cap"
+
+
+@pytest.mark.parametrize("kind", [Anderson, Forward])
+@pytest.mark.parametrize("stop", ["max", "mean"])
+def test_looking_seldom_costs_idle_evaluations_and_changes_no_bit(kind: type[Solver], stop: str) -> None:
+    f = affine(0.9)
+    always = kind(tol=1e-5, max_iter=400, stop=stop).solve(f, f.zero)  # type: ignore[arg-type]
+    every = 7
+    assert always.evaluations % every != 0, "or nothing would be left to see"
+    seldom = kind(tol=1e-5, max_iter=400, stop=stop, check_every=every).solve(f, f.zero)  # type: ignore[arg-type]
+    assert always.idle_evaluations == 0
+    assert seldom.evaluations == -(-always.evaluations // every) * every
+    assert seldom.idle_evaluations == seldom.evaluations - always.evaluations
+    assert torch.equal(seldom.z, always.z)
+    assert torch.equal(seldom.residual, always.residual)
+    assert torch.equal(seldom.iterations, always.iterations)
+
+
+def test_looking_seldom_never_goes_beyond_the_cap() -> None:
+    f = affine(0.9)
+    solution = Anderson(tol=1e-12, max_iter=10, check_every=7).solve(f, f.zero)
+    assert solution.evaluations == 10
+    assert solution.idle_evaluations == 0

@@ -31,6 +31,8 @@ def parts(options: argparse.Namespace) -> dict[str, tuple[list[str], int]]:
     found: dict[str, tuple[list[str], int]] = {"tests": (pytest, 180)}
     if dry:
         found["update"] = ([*update, "--batch", "4", "--dim", "96", *small], 60)
+        roofline = ["--batch", "4", "--dim", "96", "--windows", "2", "5", "--iterations", "4", "--rounds", "1"]
+        found["roofline"] = (["-m", "benchmarks.roofline", *out, *roofline], 60)
         found["solve"] = (["-m", "benchmarks.solve", "--cap", "5", "--rounds", "1", "--cell", *cells, *out], 60)
         found["train"] = (["-m", "benchmarks.train", "--steps", "2", "--batch", "8", *out], 60)
         return found
@@ -44,6 +46,7 @@ def parts(options: argparse.Namespace) -> dict[str, tuple[list[str], int]]:
         sizes = ["--batch", str(batch), "--dim", str(dim), "--window", str(window)]
         compiled = [] if window == 5 else ["--no-compile"]
         found[f"update-b{batch}-d{dim}-m{window}"] = ([*update, *sizes, *compiled, "--rounds", "15"], 60)
+    found["roofline"] = (["-m", "benchmarks.roofline", *out], 60)
     found["solve"] = (["-m", "benchmarks.solve", "--rounds", "9", "--cell", *cells, *out], 90)
     found["solve-1e-3"] = (["-m", "benchmarks.solve", "--tol", "1e-3", "--cap", "100", "--cell", *cells, *out], 90)
     images = ["--data", options.images] if options.images else []

@@ -19,6 +19,8 @@ from deq.solvers.base import FixedPointMap, Restrict, Solution, Solver
 from kernels.state import accumulator_dtype
 
 Record = Callable[[Solution], None]
+SolveAdjoint = Callable[[Solver, Tensor, Tensor], Solution]
+"""(solver, z, b), z and b (B, ...) -> the solution of u = J^T u + b with J = df/dz at z, from u = b."""
 
 
 class Gradient(ABC):
@@ -26,7 +28,13 @@ class Gradient(ABC):
 
     @abstractmethod
     def attach(
-        self, f: FixedPointMap, z_star: Tensor, solver: Solver, record: Record, restrict: Restrict | None = None
+        self,
+        f: FixedPointMap,
+        z_star: Tensor,
+        solver: Solver,
+        record: Record,
+        restrict: Restrict | None = None,
+        solve_adjoint: SolveAdjoint | None = None,
     ) -> Tensor:
         """Returns z*, (B, ...), with a gradient.
 
@@ -35,6 +43,7 @@ class Gradient(ABC):
             restrict: f for some samples alone, for solvers that compact; what it closes over is detached.
             z_star: (B, ...) the fixed point, detached.
             solver: the layer's own solver, for gradients that need one and were given none.
+            solve_adjoint: the backward solve as recorded graphs; None: products with the recorded evaluation of f.
             record: called with the account of the backward solve, if there is one, during ``backward``.
         """
 
@@ -62,12 +71,18 @@ class Implicit(Gradient):
     solver: Solver | None = None
 
     def attach(
-        self, f: FixedPointMap, z_star: Tensor, solver: Solver, record: Record, restrict: Restrict | None = None
+        self,
+        f: FixedPointMap,
+        z_star: Tensor,
+        solver: Solver,
+        record: Record,
+        restrict: Restrict | None = None,
+        solve_adjoint: SolveAdjoint | None = None,
     ) -> Tensor:
         z = z_star.detach().requires_grad_()
         with torch.enable_grad():
             f_star = f(z)
-        result: Tensor = _Adjoint.apply(f_star, z, z_star, self.solver or solver, record, restrict)
+        result: Tensor = _Adjoint.apply(f_star, z, z_star, self.solver or solver, record, restrict, solve_adjoint)
         return result
 
 
@@ -83,7 +98,13 @@ class JacobianFree(Gradient):
     """
 
     def attach(
-        self, f: FixedPointMap, z_star: Tensor, solver: Solver, record: Record, restrict: Restrict | None = None
+        self,
+        f: FixedPointMap,
+        z_star: Tensor,
+        solver: Solver,
+        record: Record,
+        restrict: Restrict | None = None,
+        solve_adjoint: SolveAdjoint | None = None,
     ) -> Tensor:
         with torch.enable_grad():
             f_star = f(z_star.detach())
@@ -116,13 +137,14 @@ class _Adjoint(torch.autograd.Function):
         solver: Solver,
         record: Record,
         restrict: Restrict | None,
+        solve_adjoint: SolveAdjoint | None,
     ) -> Tensor:
         ctx.save_for_backward(f_star, z)
-        ctx.solver, ctx.record, ctx.restrict = solver, record, restrict
+        ctx.solver, ctx.record, ctx.restrict, ctx.solve_adjoint = solver, record, restrict, solve_adjoint
         return z_star.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
         _refuse_second_derivatives()
         f_star, z = ctx.saved_tensors
         scale = _power_of_two_norm(grads[0])
@@ -139,12 +161,15 @@ class _Adjoint(torch.autograd.Function):
             recorded_again += len(index)
             return _adjoint_map(f_part, z_part, right_side[index])
 
-        solution = ctx.solver.solve(
-            _adjoint_map(f_star, z, right_side), right_side, restrict=restrict if ctx.restrict is not None else None
-        )
+        if ctx.solve_adjoint is not None:
+            solution = ctx.solve_adjoint(ctx.solver, z, right_side)
+        else:
+            solution = ctx.solver.solve(
+                _adjoint_map(f_star, z, right_side), right_side, restrict=restrict if ctx.restrict is not None else None
+            )
         u = solution.z * scale
         ctx.record(replace(solution, z=u, sample_evaluations=solution.sample_evaluations + recorded_again))
-        return u, None, None, None, None, None
+        return u, None, None, None, None, None, None
 
 
 def _refuse_second_derivatives() -> None:

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from deq.gradients import Gradient, Implicit
+from deq.graphs import LayerGraphs
 from deq.solvers import Anderson, Solution, Solver
 from deq.solvers.base import FixedPointMap
 
@@ -22,11 +23,18 @@ class DEQ(nn.Module):
             cannot be looked into: that it treats samples independently is then taken on trust by ``compact``.
         solver: finds z*; default ``Anderson()``.
         gradient: how gradients pass; default ``Implicit()``, its adjoint solved by ``solver``.
+        cuda_graph: record evaluation and update once for each shape as a CUDA graph and replay it, in the forward and
+            in the adjoint solve; where PyTorch can (2.14, CUDA 12.4), the whole forward solve is one launch. Needs a
+            CUDA or ROCm device. Found and counted is the same. For cells that launch many small kernels. What the
+            cell reads besides z, x, its parameters and its buffers must be tensors that stay where they are in
+            memory; hooks and other Python code in the cell run when it is recorded, and not again. At most
+            ``graphs.capacity`` recordings are kept.
 
     Attributes:
         last_solution: account of the last forward solve, None before the first.
         last_adjoint: account of the backward solve that belongs to it, None until ``backward`` has run (and always
             for gradients without one).
+        graphs: what is recorded, with ``cuda_graph``.
 
     Under autocast the state is kept in float32 and what the cell returns is cast to it.
 
@@ -52,11 +60,14 @@ class DEQ(nn.Module):
         cell: Callable[[Tensor, Tensor], Tensor],
         solver: Solver | None = None,
         gradient: Gradient | None = None,
+        *,
+        cuda_graph: bool = False,
     ) -> None:
         super().__init__()
         self.cell = cell
         self.solver = solver if solver is not None else Anderson()
         self.gradient = gradient if gradient is not None else Implicit()
+        self.cuda_graph, self.graphs = cuda_graph, LayerGraphs()
         self.last_solution: Solution | None = None
         self.last_adjoint: Solution | None = None
 
@@ -64,8 +75,9 @@ class DEQ(nn.Module):
         """The fixed point, (B, ...), started from ``z0`` (zeros in the shape of x unless given).
 
         Raises:
-            ValueError: if the cell returns another shape, dtype or device than the state's, or a solver compacts and
-                the cell has a batch norm or a dropout in training mode.
+            ValueError: if the cell returns another shape, dtype or device than the state's; if a solver compacts and
+                the cell has a batch norm or a dropout in training mode; with ``cuda_graph``, if the state is not on a
+                CUDA or ROCm device, a solver compacts, or there is a DEQ layer in the cell.
         """
         device_type = x.device.type
         autocast = torch.is_autocast_enabled(device_type)
@@ -79,25 +91,40 @@ class DEQ(nn.Module):
             def f(z: Tensor) -> Tensor:
                 if not autocast:
                     return self.cell(z, x)
-                # Named again, since the backward solve may call this where autocast is off.
-                with torch.autocast(device_type, dtype=autocast_dtype):
+                # Named again, since the backward solve may call this where autocast is off. A recording must not read
+                # a weight that autocast has cast before.
+                with torch.autocast(device_type, dtype=autocast_dtype, cache_enabled=cache_enabled):
                     return self.cell(z, x).to(z.dtype)
 
             return f
 
+        cache_enabled = torch.is_autocast_cache_enabled() and not self.cuda_graph
+        mode = autocast_dtype if autocast else None
         recorded_with = self._versions(x)
 
-        def restrict(index: Tensor) -> FixedPointMap:
+        def refuse_changes() -> None:
             if self._versions(x) != recorded_with:
                 raise ValueError(
                     "x or the cell's parameters were modified in place or replaced between the forward and the "
-                    "backward pass, which a backward solve that compacts needs as they were: use compact=False"
+                    "backward pass, which a backward solve that compacts or replays a graph needs as they were: use "
+                    "compact=False and cuda_graph=False"
                 )
+
+        def restrict(index: Tensor) -> FixedPointMap:
+            refuse_changes()
             return map_of(x.detach()[index])
+
+        def solve_adjoint(solver: Solver, z: Tensor, right_side: Tensor) -> Solution:
+            refuse_changes()
+            return self.graphs.solve_adjoint(solver, map_of, self.cell, x, z, right_side, mode)
 
         f = map_of(x)
         given = restrict if self._compacts() else None
-        solution = self.solver.solve(f, z0, restrict=given)
+        if self.cuda_graph:
+            self._refuse_nested_graphs()
+            solution = self.graphs.solve(self.solver, map_of, self.cell, x, z0, mode)
+        else:
+            solution = self.solver.solve(f, z0, restrict=given)
         self.last_solution, self.last_adjoint = solution, None
         if not torch.is_grad_enabled():
             return solution.z
@@ -107,12 +134,21 @@ class DEQ(nn.Module):
             if self.last_solution is solution:
                 self.last_adjoint = adjoint
 
-        return self.gradient.attach(f, solution.z, self.solver, record, restrict=given)
+        replayed = solve_adjoint if self.cuda_graph else None
+        return self.gradient.attach(f, solution.z, self.solver, record, restrict=given, solve_adjoint=replayed)
 
     def _versions(self, x: Tensor) -> list[tuple[int, int]]:
         """What tells whether tensors are the same and unchanged (inference tensors count nothing: left out)."""
         parameters = self.cell.parameters() if isinstance(self.cell, nn.Module) else ()
         return [(id(tensor), tensor._version) for tensor in (x, *parameters) if not tensor.is_inference()]
+
+    def _refuse_nested_graphs(self) -> None:
+        for name, module in self.cell.named_modules() if isinstance(self.cell, nn.Module) else ():
+            if isinstance(module, DEQ):
+                raise ValueError(
+                    f"cuda_graph=True cannot record a cell with a DEQ layer in it, here {name or 'itself'}, which "
+                    "looks at its own flags: use cuda_graph=False on the outer layer"
+                )
 
     def _compacts(self) -> bool:
         """Whether any solver of this layer compacts; raises ValueError if the cell cannot bear it."""

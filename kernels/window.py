@@ -188,6 +188,20 @@ class AndersonWindow:
         return self._state.iterations
 
     @torch.no_grad()
+    def reset(self) -> None:
+        """Forgets all iterates, in place: every sample starts anew with an empty window."""
+        state = self._state
+        for tensor, value in (
+            (state.H, 0.0),
+            (state.row_residual, math.inf),
+            (state.weights, 0.0),
+            (state.residual, math.inf),
+            (state.frozen, False),
+            (state.iterations, 0),
+        ):
+            tensor.fill_(value)
+
+    @torch.no_grad()
     def step(self, x: Tensor, fx: Tensor, *, out: Tensor | None = None, index: Tensor | None = None) -> Tensor:
         """Takes x and f(x), both (B, d); returns the next iterate, (B, d).
 

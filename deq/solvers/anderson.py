@@ -54,7 +54,8 @@ class Anderson(Solver):
             backend=self.backend,
         )
 
-    def start(self, x: Tensor) -> _AndersonIteration:
+    def start(self, x: Tensor, *, in_place: bool = False) -> _AndersonIteration:
+        # In place anyway: a frozen sample is never touched.
         window = AndersonWindow(
             x.shape[0],
             x.shape[1],
@@ -86,3 +87,6 @@ class _AndersonIteration:
 
     def best(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._window.best(x, out=x)
+
+    def reset(self) -> None:
+        self._window.reset()

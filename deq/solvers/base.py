@@ -86,6 +86,9 @@ class Iteration(Protocol):
         x: (B, d), what the last step that a sample took part in returned for it; may be overwritten.
         """
 
+    def reset(self) -> None:
+        """As new, in the same memory."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Solver(ABC):
@@ -128,8 +131,8 @@ class Solver(ABC):
             raise ValueError(f"compact must be true or false, got {self.compact!r}")
 
     @abstractmethod
-    def start(self, x: Tensor) -> Iteration:
-        """The state of a solve that begins at x, (B, d) contiguous."""
+    def start(self, x: Tensor, *, in_place: bool = False) -> Iteration:
+        """The state of a solve that begins at x, (B, d) contiguous; ``in_place`` if every step is to write into x."""
 
     @torch.no_grad()
     def solve(self, f: FixedPointMap, z0: Tensor, *, trace: bool = False, restrict: Restrict | None = None) -> Solution:

@@ -37,15 +37,18 @@ class Forward(Solver):
         if not 0.0 < self.beta <= 1.0:
             raise ValueError(f"beta must be above 0 and at most 1, got {self.beta} (1 is no damping)")
 
-    def start(self, x: Tensor) -> _ForwardIteration:
-        return _ForwardIteration(x, self)
+    def start(self, x: Tensor, *, in_place: bool = False) -> _ForwardIteration:
+        return _ForwardIteration(x, self, in_place)
 
 
 class _ForwardIteration:
-    """Two buffers that change places, so that the iterate last evaluated is still there when the solve ends."""
+    """Two buffers that change places, so that the iterate last evaluated is still there when the solve ends.
 
-    def __init__(self, x: Tensor, solver: Forward) -> None:
-        self._solver = solver
+    In place, the iterate evaluated is copied aside instead.
+    """
+
+    def __init__(self, x: Tensor, solver: Forward, in_place: bool) -> None:
+        self._solver, self._in_place = solver, in_place
         self._evaluated, self._spare = x, torch.empty_like(x)
         self._index: Tensor | None = None
         self.residual = torch.full((x.shape[0],), torch.inf, dtype=accumulator_dtype(x.dtype), device=x.device)
@@ -69,13 +72,22 @@ class _ForwardIteration:
         # y = f - (1 - beta) (f - x): beta = 1 gives f itself, without rounding.
         beta = self._solver.beta
         moved = fx if beta == 1.0 else torch.lerp(fx, x, 1.0 - beta)
+        self._index = index
+        if self._in_place:
+            self._evaluated = self._spare.copy_(x)
+            return torch.where(frozen[:, None], x, moved, out=x)
         if self._spare.shape != x.shape:
             self._spare = torch.empty_like(x)
         x_next, self._spare = torch.where(frozen[:, None], x, moved, out=self._spare), x
-        self._evaluated, self._index = x, index
+        self._evaluated = x
         return x_next
 
     def best(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # Samples that were left out are frozen, at the iterate that they were last evaluated at.
         z = self._evaluated if self._index is None else x.index_copy(0, self._index, self._evaluated)
         return z, self.residual
+
+    def reset(self) -> None:
+        self.residual.fill_(torch.inf)
+        self.frozen.zero_()
+        self.iterations.zero_()

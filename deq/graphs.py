@@ -1,0 +1,139 @@
+"""The recorded solves of one DEQ layer, forward and adjoint."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from deq.solvers import Solution, Solver, captured
+from deq.solvers.base import FixedPointMap
+from deq.solvers.captured import CapturedSolve
+
+MapOf = Callable[[Tensor], FixedPointMap]
+"""x -> f, the map z -> cell(z, x)."""
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """z* = f(z*) with an x that is copied in."""
+
+    x: Tensor
+    solve: CapturedSolve
+
+
+@dataclass(frozen=True)
+class _Adjoint:
+    """u = J^T u + right side, with J = df/dz at a z that is copied in: f is evaluated there once, also by replay."""
+
+    x: Tensor
+    z: Tensor
+    right_side: Tensor
+    evaluate: Callable[[], None]
+    solve: CapturedSolve
+
+
+class LayerGraphs:
+    """The most recently used recorded solves of one layer.
+
+    A recording belongs to one shape, dtype and stride of x and z, to one solver, to the training flags of the cell
+    and to the places in memory of its parameters and buffers; whatever else the cell reads must be a tensor that stays
+    where it is. Parameters that an optimiser updates in place need no new recording.
+
+    Args:
+        capacity: recordings kept, at least 1; each holds the history of one solve and the memory of one evaluation.
+    """
+
+    def __init__(self, capacity: int = 8) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1 recording, got {capacity}")
+        self.capacity = capacity
+        self._recorded: OrderedDict[Hashable, _Forward | _Adjoint] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._recorded)
+
+    def __reduce__(self) -> tuple[type[LayerGraphs], tuple[int]]:
+        # A copy of a layer has parameters of its own, and a graph cannot be copied.
+        return LayerGraphs, (self.capacity,)
+
+    def solve(self, solver: Solver, map_of: MapOf, cell: object, x: Tensor, z0: Tensor, mode: Hashable) -> Solution:
+        """``solver.solve(map_of(x), z0)``, recorded at the first call.
+
+        Args:
+            cell: what map_of calls; a module is looked into.
+            mode: whatever else the map depends on.
+        """
+
+        def record() -> _Forward:
+            here = x.detach().clone()
+            return _Forward(here, CapturedSolve(solver, map_of(here), z0.detach(), captured.recorder_for(x.device)))
+
+        recorded = self._get(("forward", solver, mode, _key(cell, x, z0)), record)
+        assert isinstance(recorded, _Forward)
+        recorded.x.copy_(x.detach())
+        return recorded.solve(z0.detach())
+
+    def solve_adjoint(
+        self, solver: Solver, map_of: MapOf, cell: object, x: Tensor, z: Tensor, right_side: Tensor, mode: Hashable
+    ) -> Solution:
+        """Solves u = J^T u + right side from u = right side, J = df/dz at z, recorded at the first call.
+
+        Costs an evaluation of f at z more than the solve, which ``sample_evaluations`` counts.
+        """
+
+        def record() -> _Adjoint:
+            recorder = captured.recorder_for(x.device)
+            x_here, z_here, b_here = x.detach().clone(), z.detach().clone().requires_grad_(), right_side.clone()
+            f = map_of(x_here)
+            f_star: list[Tensor] = []
+
+            def evaluate() -> None:
+                with torch.enable_grad():
+                    f_star[:] = [f(z_here)]
+
+            def adjoint_map(u: Tensor) -> Tensor:
+                (product,) = torch.autograd.grad(f_star[0], z_here, u, retain_graph=True, materialize_grads=True)
+                return product + b_here
+
+            recorder.warm_up(evaluate)
+            replay = recorder.record(evaluate)
+            replay()
+            # By iterations: autograd launches on the stream that f was recorded on, and the body of a recorded loop
+            # is recorded on one of its own.
+            return _Adjoint(
+                x_here, z_here, b_here, replay, CapturedSolve(solver, adjoint_map, right_side, recorder, whole=False)
+            )
+
+        recorded = self._get(("adjoint", solver, mode, _key(cell, x, z)), record)
+        assert isinstance(recorded, _Adjoint)
+        with torch.no_grad():
+            recorded.x.copy_(x.detach())
+            recorded.z.copy_(z.detach())
+            recorded.right_side.copy_(right_side)
+        recorded.evaluate()
+        solution = recorded.solve(right_side)
+        return replace(solution, sample_evaluations=solution.sample_evaluations + len(right_side))
+
+    def _get(self, key: Hashable, record: Callable[[], _Forward | _Adjoint]) -> _Forward | _Adjoint:
+        if key in self._recorded:
+            self._recorded.move_to_end(key)
+        else:
+            # First, so that the memory of the oldest is there for the newest.
+            while len(self._recorded) >= self.capacity:
+                self._recorded.popitem(last=False)
+            self._recorded[key] = record()
+        return self._recorded[key]
+
+
+def _key(cell: object, *tensors: Tensor) -> Hashable:
+    modules = list(cell.modules()) if isinstance(cell, nn.Module) else []
+    fixed = [tensor for module in modules for kept in (module._parameters, module._buffers) for tensor in kept.values()]
+    return (
+        tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors),
+        tuple(module.training for module in modules),
+        tuple(tensor.data_ptr() for tensor in fixed if tensor is not None),
+    )

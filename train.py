@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from deq import checkpoint
-from deq.command import launch, pick_device, resume_hint, validate
+from deq.command import launch, pick_device, refuse_graphs_without_device, resume_hint, validate
 from deq.data import Batches
 from deq.display import Display
 from deq.errors import values_of_the_user
@@ -36,6 +36,7 @@ def main(config: DictConfig) -> float:
     # Everything a user can get wrong is looked at before any work.
     validate(config)
     device = pick_device(config.device)
+    refuse_graphs_without_device(config.cuda_graph, device)
     solver, gradient = instantiate(config.solver), instantiate(config.gradient)
     probe, logger = instantiate(config.probe), instantiate(config.logger)
     state = None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -36,7 +36,15 @@ def load_cell(path: Path, device: torch.device | str = "cpu") -> tuple[Callable[
     return cell.to(device).requires_grad_(False), torch.from_numpy(arrays["injection"]).float().to(device)
 
 
-def load_data(name: str, cache: str) -> tuple[ImageData, dict[str, int]]:
+class Sizes(TypedDict):
+    """Of an :class:`EquilibriumClassifier`."""
+
+    channels: int
+    inner: int
+    pool: int
+
+
+def load_data(name: str, cache: str) -> tuple[ImageData, Sizes]:
     """``digits``, or a folder of images; with the sizes of the network that suits it."""
     if name == "digits":
         return digits(), {"channels": 24, "inner": 32, "pool": 2}

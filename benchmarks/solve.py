@@ -31,6 +31,7 @@ from benchmarks.problems import Affine, affine
 from benchmarks.record import RESULTS, default_device, folder_of, seconds, show_and_save, synchronize
 from deq.solvers import Anderson, Forward, Solver
 from deq.solvers.base import Restrict
+from deq.solvers.captured import CapturedSolve, recorder_for
 from kernels import residual_norm
 
 
@@ -42,6 +43,8 @@ class Problem:
     f: FixedPointMap
     z0: Tensor
     restrict: Restrict
+    records: bool = True
+    """Whether f can be recorded as a CUDA graph here: an adjoint was recorded by autograd, on another stream."""
 
 
 def affine_problem(rho: float, device: torch.device) -> Problem:
@@ -80,7 +83,10 @@ def cell_problems(path: Path, device: torch.device) -> list[Problem]:
 
         return product
 
-    return [equilibrium, Problem(f"{path.stem} adjoint", adjoint(everyone), torch.zeros_like(equilibrium.z0), adjoint)]
+    return [
+        equilibrium,
+        Problem(f"{path.stem} adjoint", adjoint(everyone), torch.zeros_like(equilibrium.z0), adjoint, False),
+    ]
 
 
 class Watched:
@@ -137,6 +143,25 @@ def solvers(device: torch.device) -> dict[str, Run]:
     return runs
 
 
+RECORDED = ", CUDA graphs"
+
+
+def recorded_solvers(problem: Problem, tol: float, cap: int) -> dict[str, Run]:
+    """Replays of solves on this problem, recorded here; none without a CUDA device."""
+    device = problem.z0.device
+    if device.type != "cuda" or not problem.records:
+        return {}
+    found: dict[str, Run] = {}
+    for name, solver in {
+        "forward iteration": Forward(tol=tol, max_iter=cap),
+        "Anderson m = 5": Anderson(window=5, tol=tol, max_iter=cap),
+        "Anderson m = 10": Anderson(window=10, tol=tol, max_iter=cap),
+    }.items():
+        recorded = CapturedSolve(solver, problem.f, problem.z0, recorder_for(device))
+        found[name + RECORDED] = lambda f, z0, restrict, tol, cap, recorded=recorded: recorded(z0)  # type: ignore[misc]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -159,13 +184,16 @@ def main() -> None:
         for name, run in runs.items():
             watch = watched[name]
             run(watch.f, problem.z0, watch.restrict, options.tol, options.cap)
-        times: dict[str, list[float]] = {name: [] for name in runs}
+        timed = runs | recorded_solvers(problem, options.tol, options.cap)
+        times: dict[str, list[float]] = {name: [] for name in timed}
         arguments = (problem.f, problem.z0, problem.restrict, options.tol, options.cap)
         for _ in range(options.rounds):
-            for name, run in runs.items():
+            for name, run in timed.items():
                 times[name].append(seconds(partial(run, *arguments), device))
         baseline = watched["forward iteration"]
-        for name, watch in watched.items():
+        for name in timed:
+            # Recorded or not, the iterates are the same to the bit.
+            watch = watched[name.removesuffix(RECORDED)]
             needed = torch.where(watch.first == 0, options.cap, watch.first).float()
             ratios = [a / b for a, b in zip(times["forward iteration"], times[name], strict=True)]
             # A time is a speed only where as many samples were solved.

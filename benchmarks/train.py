@@ -25,7 +25,7 @@ from deq.solvers import Anderson, Forward, Solver
 from deq.solvers.base import Stop
 
 
-def measure(solver: Solver, options: argparse.Namespace) -> list[str]:
+def measure(solver: Solver, cuda_graph: bool, options: argparse.Namespace) -> list[str]:
     """One row of the table."""
     device = torch.device(options.device)
     torch.manual_seed(options.seed)
@@ -33,7 +33,13 @@ def measure(solver: Solver, options: argparse.Namespace) -> list[str]:
     batches = Batches(data.to(device), options.batch, options.seed)
     gradient = Implicit(solver)
     model = EquilibriumClassifier(
-        data.channels, data.size, len(data.classes), solver=solver, gradient=gradient, **sizes
+        data.channels,
+        data.size,
+        len(data.classes),
+        solver=solver,
+        gradient=gradient,
+        cuda_graph=cuda_graph,
+        **sizes,
     ).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
     seconds: list[float] = []
@@ -99,7 +105,10 @@ def main() -> None:
             window=5, tol=options.tol, max_iter=options.cap, stop=stop, regularization="absolute"
         ),
     }
-    rows = [[name, *measure(solver, options)] for name, solver in solvers.items()]
+    rows = [[name, *measure(solver, False, options)] for name, solver in solvers.items()]
+    if torch.device(options.device).type == "cuda":
+        for name in ("forward iteration", "Anderson m = 5"):
+            rows.append([f"{name}, CUDA graphs", *measure(solvers[name], True, options)])
     data = "digits" if options.data == "digits" else "images"
     show_and_save(
         f"train-{data}",

@@ -29,6 +29,7 @@ from benchmarks.peers import ON_A_GPU, Solve, installed
 from benchmarks.record import RESULTS, default_device, seconds, show_and_save
 from deq.models.classifier import ResidualCell
 from deq.solvers import Anderson, Forward
+from deq.solvers.captured import CapturedSolve, recorder_for
 from kernels import AndersonWindow
 
 PEERS = {"torchdeq": "TorchDEQ anderson_solver", "aa": "SCS aa (type II)"}
@@ -187,6 +188,22 @@ def main() -> None:
     }
     if evaluate_cell is not None:
         measures[CELL] = lambda: seconds_repeated(evaluate_cell, device)
+    if device.type == "cuda":
+        # Above K evaluations of f that are replayed themselves: the same f, launched the same way.
+        recorder = recorder_for(device)
+        recorder.warm_up(repeat_f)
+        replay_f = recorder.record(repeat_f)
+        recorded_solver = Anderson(window=m, tol=0.0, max_iter=iterations)
+        for whole in (True, False):
+            recorded = CapturedSolve(recorded_solver, f, z0, recorder_for(device), whole=whole)
+            if whole and not recorded.whole:
+                continue  # this PyTorch has no while nodes
+            launch = "the whole solve one graph" if whole else "one graph an iteration"
+
+            def recorded_overhead(recorded: CapturedSolve = recorded) -> float:
+                return (seconds(lambda: recorded(z0), device) - seconds(replay_f, device)) / iterations
+
+            measures[f"Anderson (ours), {launch}, overhead in a solve"] = recorded_overhead
     if options.compile:
         compiled = torch.compile(eager_update)
         measures["formula, torch.compile, one update"] = lambda: seconds_repeated(lambda: compiled(X, F), device)

@@ -98,6 +98,9 @@ def validate(config: DictConfig) -> None:
     check("tol", float, lambda value: value > 0, "a number above 0, such as 1e-2")
     check("compile", bool, anything, "true or false")
     check("compact", bool, anything, "true or false")
+    check("cuda_graph", bool, anything, "true or false")
+    if config.cuda_graph and config.compact:
+        raise UserError("cuda_graph=true cannot replay evaluations that shrink: choose it or compact=true")
     check("precision", str, lambda value: value in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
     check("optim.schedule", str, lambda value: value in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
     check("optim.lr", float, lambda value: value > 0, "a number above 0, such as 1e-3")
@@ -134,6 +137,12 @@ def pick_device(name: str) -> torch.device:
         has = f"{cuda} CUDA device{'s' if cuda != 1 else ''}" if cuda else "no CUDA device"
         raise UserError(f"device={name}: torch sees {has} here; use device=auto or device=cpu")
     return torch.device("cuda", number)
+
+
+def refuse_graphs_without_device(cuda_graph: bool, device: torch.device) -> None:
+    """Raises UserError for cuda_graph=true on a CPU."""
+    if cuda_graph and device.type != "cuda":
+        raise UserError(f"cuda_graph=true needs a CUDA or ROCm device, this run is on {device}: use cuda_graph=false")
 
 
 def resume_hint(folder: Path) -> str:

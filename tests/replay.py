@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -129,5 +128,3 @@ class ReplayingRecorder:
 def triton_launches_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_push", "_reduce", "_mix", "_update", "_residual_partials"):
         monkeypatch.setattr(triton_backend, name, _Kernel(getattr(triton_backend, name)))
-
-

@@ -120,6 +120,8 @@ MISTAKES = {
     "precision=fp8": "precision must be one of fp32, bf16, fp16, got 'fp8'",
     "device=tpu": "device must be auto, cpu, cuda or cuda:N, got tpu",
     "device=cuda:99": "device=cuda:99: torch sees",
+    "cuda_graph=true device=cpu": "cuda_graph=true needs a CUDA or ROCm device, this run is on cpu: use",
+    "cuda_graph=true compact=true": "cuda_graph=true cannot replay evaluations that shrink",
     "resume=nowhere": "there is no file or folder nowhere",
     "data=image_folder": "data.root is not set; give data.root=DIR",
     "model.groups=7": "model.channels must be a multiple of model.groups=7",
@@ -133,7 +135,7 @@ import train
 from deq.command import launch
 told = {}
 for override in json.loads(sys.argv[1]):
-    sys.argv = ["train.py", "logger=none", "max_steps=1", override]
+    sys.argv = ["train.py", "logger=none", "max_steps=1", *override.split()]
     import os; os.environ.pop("HYDRA_FULL_ERROR", None)
     with contextlib.redirect_stderr(io.StringIO()) as shown, contextlib.redirect_stdout(shown):
         try:

@@ -50,6 +50,7 @@ class EquilibriumClassifier(nn.Module):
         image_size: height and width of the input images, in pixels.
         classes: number of classes.
         solver: finds the equilibrium; ``gradient``: differentiates through it (see :class:`deq.DEQ`).
+        cuda_graph: replay recorded CUDA graphs in both solves (see :class:`deq.DEQ`).
         channels, inner, groups, init_std: sizes of the cell.
         pool: side of the average-pooling window, in pixels; divides ``image_size``.
 
@@ -65,6 +66,7 @@ class EquilibriumClassifier(nn.Module):
         *,
         solver: Solver,
         gradient: Gradient,
+        cuda_graph: bool = False,
         channels: int = 48,
         inner: int = 64,
         groups: int = 8,
@@ -92,7 +94,9 @@ class EquilibriumClassifier(nn.Module):
         self.stem = nn.Sequential(
             nn.Conv2d(image_channels, channels, kernel_size=3, padding=1), nn.BatchNorm2d(channels)
         )
-        self.deq = DEQ(ResidualCell(channels, inner, groups, init_std), solver=solver, gradient=gradient)
+        self.deq = DEQ(
+            ResidualCell(channels, inner, groups, init_std), solver=solver, gradient=gradient, cuda_graph=cuda_graph
+        )
         side = image_size // pool
         self.head = nn.Sequential(
             nn.BatchNorm2d(channels),

@@ -119,9 +119,7 @@ class CapturedSolve:
     """
 
     @torch.no_grad()
-    def __init__(
-        self, solver: Solver, f: FixedPointMap, z0: Tensor, recorder: Recorder, *, whole: bool = True
-    ) -> None:
+    def __init__(self, solver: Solver, f: FixedPointMap, z0: Tensor, recorder: Recorder, *, whole: bool = True) -> None:
         if solver.compact:
             raise ValueError(
                 "compact=True changes the shape of the evaluations, which a recorded graph cannot: use compact=False "

@@ -14,7 +14,9 @@ import torch
 from benchmarks.problems import Affine, affine
 from deq import DEQ
 from deq.gradients import Implicit
+from deq.models import EquilibriumClassifier
 from deq.solvers import Anderson, Forward, Solver
+from deq.solvers.captured import CapturedSolve, _while_nodes_available, recorder_for
 from kernels import AndersonWindow, residual_norm
 from kernels.naive import anderson_update, relative_residual
 
@@ -133,3 +135,85 @@ def test_the_gradient_on_the_device_is_the_gradient_on_the_cpu(compact: bool) ->
         assert linear.weight.grad is not None
         grads.append(linear.weight.grad.cpu().clone())
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-6, atol=1e-8)
+
+
+WHOLE = [
+    pytest.param(
+        True, marks=pytest.mark.skipif(not _while_nodes_available(), reason="this PyTorch captures no while nodes")
+    ),
+    False,
+]
+
+
+@pytest.mark.parametrize("stop", ["max", "mean"])
+@pytest.mark.parametrize("kind", [Anderson, Forward])
+@pytest.mark.parametrize("whole", WHOLE)
+def test_a_recorded_solve_is_the_solve_to_the_bit(whole: bool, kind: type[Solver], stop: str) -> None:
+    for dim in (100, 5000):  # one launch an update, and two
+        f = affine(0.9, batch=8, dim=dim).to(torch.float32, "cuda")
+        f.b[:4] *= torch.linspace(0, 1, dim, device="cuda")
+        solver = kind(tol=1e-4, max_iter=200, stop=stop)  # type: ignore[arg-type]
+        recorded = CapturedSolve(solver, f, f.zero, recorder_for(f.b.device), whole=whole)
+        assert recorded.whole == whole
+        for start in (f.zero, torch.randn_like(f.zero), 1e3 * torch.randn_like(f.zero), f.zero):
+            expected, got = solver.solve(f, start), recorded(start)
+            assert torch.equal(got.z, expected.z)
+            assert torch.equal(got.residual, expected.residual)
+            assert torch.equal(got.iterations, expected.iterations)
+            late = 0 if whole else 1
+            assert got.evaluations <= int(got.iterations.max()) + late
+
+
+@pytest.mark.parametrize("whole", WHOLE)
+def test_replays_never_wait_for_the_device(whole: bool, no_synchronisation: None) -> None:
+    f = affine(0.9).to(torch.float32, "cuda")
+    solver = Anderson(tol=1e-4, max_iter=200)
+    recorded = CapturedSolve(solver, f, f.zero, recorder_for(f.b.device), whole=whole)
+    replay = recorded._replay_solve if whole else recorded._replay_iteration
+    assert replay is not None
+    torch.cuda.set_sync_debug_mode("error")
+    for _ in range(5):
+        replay()
+
+
+@pytest.mark.parametrize("kind", [Anderson, Forward])
+def test_a_layer_with_graphs_trains_to_the_bit_as_one_without(kind: type[Solver]) -> None:
+    solver = kind(tol=1e-3, max_iter=40)
+    weights = []
+    for cuda_graph in (True, False):
+        torch.manual_seed(0)
+        model = EquilibriumClassifier(
+            3, 8, 10, solver=solver, gradient=Implicit(solver), channels=16, inner=16, pool=4, cuda_graph=cuda_graph
+        ).cuda()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for batch in (4, 7, 4, 7, 4):
+            images = torch.randn(batch, 3, 8, 8).cuda()
+            optimizer.zero_grad()
+            model(images).square().sum().backward()
+            optimizer.step()
+        assert len(model.deq.graphs) == (4 if cuda_graph else 0)
+        weights.append([parameter.detach().clone() for parameter in model.parameters()])
+    for got, expected in zip(*weights, strict=True):
+        # cuDNN adds some weight gradients with atomics.
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "dim", "window"), [(100, 49_152, 5), (128, 1024, 5), (16, 262_144, 10)])
+def test_a_solve_takes_less_than_three_states_beyond_its_history(batch: int, dim: int, window: int) -> None:
+    slope = torch.rand(dim, device="cuda").mul(0.9)
+    shift = torch.randn(batch, dim, device="cuda")
+    value = torch.empty_like(shift)
+    z0 = torch.zeros_like(shift)
+    solver = Anderson(window=window, tol=1e-6, max_iter=30)
+
+    def f(z: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(shift, z, slope, out=value)
+
+    solver.solve(f, z0)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    solution = solver.solve(f, z0)
+    unit = batch * dim * 4
+    assert solution.z.numel() == batch * dim
+    assert torch.cuda.max_memory_allocated() - before < (2 * window + 3) * unit

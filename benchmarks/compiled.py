@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels import triton_backend
+from kernels.launch import fused_shape, split_shape
 
 WINDOWS = (2, 5, 10, 16)
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
@@ -65,9 +66,9 @@ def compile_kernel(
     if dim is None:
         dim = 1024 if kernel == "update" else 49_152
     if kernel == "update":
-        block, warps = triton_backend.fused_launch_shape(dim, dtype.itemsize, warp_size)
+        block, warps = fused_shape(dim, dtype.itemsize, warp_size)
     else:
-        block, _, warps = triton_backend.launch_shape(dim, window, warp_size)
+        block, _, warps = split_shape(dim, window, warp_size)
     constants: dict[str, Any] = {
         "WINDOW": window,
         "ACCUMULATOR": tl.float64 if dtype == torch.float64 else tl.float32,

@@ -10,6 +10,7 @@ part at a tiny size, on a CPU too.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.record import device_name, folder_of
+from kernels import launch
 
 
 def parts(options: argparse.Namespace) -> dict[str, tuple[list[str], int]]:
@@ -29,6 +31,7 @@ def parts(options: argparse.Namespace) -> dict[str, tuple[list[str], int]]:
     # Without the options of pyproject.toml, whose plugins may not be installed where a GPU is.
     pytest = ["-m", "pytest", "-q", "-rs", "-o", "addopts=", "-p", "no:cacheprovider", "tests/kernels/test_gpu.py"]
     found: dict[str, tuple[list[str], int]] = {"tests": (pytest, 180)}
+    found["tune"] = (["-m", "benchmarks.tune", *out, *(["--dry-run"] if dry else [])], 120)
     if dry:
         found["update"] = ([*update, "--batch", "4", "--dim", "96", *small], 60)
         roofline = ["--batch", "4", "--dim", "96", "--windows", "2", "5", "--iterations", "4", "--rounds", "1"]
@@ -69,17 +72,22 @@ def main() -> None:
     logs.mkdir(parents=True, exist_ok=True)
     print(f"{device_name()}, torch {torch.__version__}", flush=True)
     failed = []
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"  # for what asks for the Triton kernels by name
     for name, (arguments, limit) in parts(options).items():
         start = time.perf_counter()
         with (logs / f"{name}.log").open("w") as log:
             try:
                 command = [sys.executable, *arguments]
                 status: int | str = subprocess.run(
-                    command, stdout=log, stderr=subprocess.STDOUT, timeout=limit
+                    command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, env=environment
                 ).returncode
             except subprocess.TimeoutExpired:
                 status = f"stopped after {limit} s"
         fine = status == 0
+        if fine and name == "tune":
+            environment[launch.OVERRIDE] = str((logs / launch.TABLE.name).resolve())  # for all that follows
         print(
             f"{name:<24} {'done' if fine else f'FAILED ({status})':<24} {time.perf_counter() - start:6.1f} s",
             flush=True,

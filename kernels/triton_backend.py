@@ -23,13 +23,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from .launch import FUSED_DIM, device_key, fused_shape, split_shape
 from .state import WindowState, accumulator_dtype, residual_of_norms
 
 MAX_WINDOW = 32
 """Rows that the solve in registers is built for (a tile of MAX_WINDOW^2 float64 over one or two warps)."""
-
-FUSED_DIM = 4096
-"""Elements of a state up to which one program handles a whole sample in one launch."""
 
 _FINISH_BLOCKS = 32
 """Partial sums that are added up at a time."""
@@ -489,30 +487,12 @@ INTERPRETED = isinstance(_push, InterpretedFunction)
 _TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def launch_shape(dim: int, window: int = 1, warp_size: int = 32) -> tuple[int, int, int]:
-    """(BLOCK elements of a program, blocks of a sample, warps of a program) for a state of ``dim`` elements.
-
-    A thread handles 16 elements for up to 8 rows and 8 beyond: all rows of a block are in flight at once in ``_mix``,
-    and this keeps it clear of 255 registers and of spills, at 16 bytes an access for every dtype.
-    """
-    block = min(1024, max(16, triton.next_power_of_2(dim)))
-    threads = block // (16 if window <= 8 else 8)
-    return block, triton.cdiv(dim, block), max(1, threads // warp_size)
-
-
-def fused_launch_shape(dim: int, itemsize: int, warp_size: int = 32) -> tuple[int, int]:
-    """(BLOCK elements of a program, warps of it) for ``_update`` on a state of ``dim`` elements of ``itemsize`` bytes.
-
-    A sample has one program only, so that it is spread over as many threads as 16-byte accesses allow, up to 512.
-    """
-    block = max(16, triton.next_power_of_2(dim))
-    threads = min(512, block * itemsize // 16)
-    return block, max(1, threads // warp_size)
-
-
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+_device_key = functools.cache(device_key)
 
 
 @functools.cache
@@ -538,11 +518,11 @@ class TritonBackend:
     def step(self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, index: Tensor | None) -> None:
         batch_size, window, dim = state.G.shape
         fused = dim <= self._fused_dim
-        warp_size = _warp_size(x.device)
+        warp_size, name = _warp_size(x.device), _device_key(x.device)
         if fused:
-            block, warps = fused_launch_shape(dim, x.element_size(), warp_size)
+            block, warps = fused_shape(dim, x.element_size(), warp_size, window=window, device=name)
         else:
-            block, blocks, warps = launch_shape(dim, window, warp_size)
+            block, blocks, warps = split_shape(dim, window, warp_size, itemsize=x.element_size(), device=name)
         frozen = state.frozen.view(torch.uint8)
         shared: dict[str, Any] = {
             "WINDOW": window,
@@ -602,7 +582,7 @@ class TritonBackend:
 
     def residual_norm(self, x: Tensor, fx: Tensor) -> Tensor:
         batch_size, dim = x.shape
-        block, blocks, warps = launch_shape(dim, warp_size=_warp_size(x.device))
+        block, blocks, warps = split_shape(dim, warp_size=_warp_size(x.device))
         dtype = accumulator_dtype(x.dtype)
         partial = torch.empty(batch_size, blocks, 2, device=x.device, dtype=torch.float64)
         with _on(x.device):

@@ -71,4 +71,10 @@ def test_the_gpu_run_is_complete_in_a_dry_run_without_hydra_or_wandb(
         run("benchmarks.gpu", "--dry-run", "--out", str(tmp_path / "out"), monkeypatch=monkeypatch)
     assert ended.value.code == 0
     written = {file.name for file in folder_of(tmp_path / "out").iterdir()}
-    assert {"update-b4-d96-m5.json", "solve-tol0.01.json", "train-digits.json", "tests.log"} <= written
+    assert {
+        "tune.json",
+        "launch_shapes.json",
+        "update-b4-d96-m5.json",
+        "solve-tol0.01.json",
+        "train-digits.json",
+    } <= written

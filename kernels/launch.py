@@ -1,0 +1,106 @@
+"""How many elements a Triton program handles and with how many warps: measured for a device, or by rule.
+
+Block sizes decide the order in which partial sums are added, and so the last bits. They are therefore not tuned while a
+program runs: ``launch_shapes.json`` beside this file, or the file that ``ANDERSON_LAUNCH_SHAPES`` names, is read once,
+and ``python -m benchmarks.tune`` writes it. What is found depends on the device, the window and the dtype, and for
+states that one program holds on their size; never on the batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLE = Path(__file__).with_name("launch_shapes.json")
+OVERRIDE = "ANDERSON_LAUNCH_SHAPES"
+"""Environment variable: a file to read instead of TABLE."""
+
+FUSED_DIM = 4096
+"""Elements of a state up to which one program handles a whole sample in one launch."""
+
+
+def next_power_of_two(n: int) -> int:
+    """The least power of two that is at least n, n at least 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def split_shape(
+    dim: int, window: int = 1, warp_size: int = 32, *, itemsize: int = 4, device: str = ""
+) -> tuple[int, int, int]:
+    """(BLOCK elements of a program, blocks of a sample, warps of a program) for a state of ``dim`` elements.
+
+    By rule a thread handles 16 elements for up to 8 rows and 8 beyond: all rows of a block are in flight at once in
+    ``_mix``, and this keeps it clear of 255 registers and of spills, at 16 bytes an access for every dtype.
+    """
+    found = _look_up(device, split_key(window, itemsize))
+    if found is not None and dim > FUSED_DIM:
+        block, warps = found
+    else:
+        block = min(1024, max(16, next_power_of_two(dim)))
+        warps = max(1, block // (16 if window <= 8 else 8) // warp_size)
+    return block, -(-dim // block), warps
+
+
+def fused_shape(dim: int, itemsize: int, warp_size: int = 32, *, window: int = 1, device: str = "") -> tuple[int, int]:
+    """(BLOCK elements of a program, warps of it) for ``_update`` on a state of ``dim`` elements of ``itemsize`` bytes.
+
+    By rule a sample, which has one program only, is spread over as many threads as 16-byte accesses allow, up to 512.
+    """
+    block = max(16, next_power_of_two(dim))
+    found = _look_up(device, fused_key(block, window, itemsize))
+    if found is not None:
+        return block, found[1]
+    threads = min(512, block * itemsize // 16)
+    return block, max(1, threads // warp_size)
+
+
+def split_key(window: int, itemsize: int) -> str:
+    """The entry for the two-launch update."""
+    return f"split, {next_power_of_two(window)} rows, {itemsize} bytes"
+
+
+def fused_key(block: int, window: int, itemsize: int) -> str:
+    """The entry for the one-launch update of states of up to ``block`` elements, a power of two."""
+    return f"fused, {block} elements, {next_power_of_two(window)} rows, {itemsize} bytes"
+
+
+def _look_up(device: str, key: str) -> tuple[int, int] | None:
+    shape = _table().get(device, {}).get(key)
+    return None if shape is None else (shape[0], shape[1])
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, list[int]]]:
+    path = Path(os.environ.get(OVERRIDE) or TABLE)
+    try:
+        table = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as a table of launch shapes ({error}): unset {OVERRIDE}") from error
+    check_table(table, str(path))
+    result: dict[str, dict[str, list[int]]] = table
+    return result
+
+
+def check_table(table: Any, where: str) -> None:
+    """Raises ValueError unless table is {device: {key: [BLOCK, warps]}}, both powers of two, BLOCK at least 16."""
+    advice = "write it with python -m benchmarks.tune"
+    if not isinstance(table, dict) or not all(isinstance(shapes, dict) for shapes in table.values()):
+        raise ValueError(f"{where} must hold {{device: {{key: [BLOCK, warps]}}}}: {advice}")
+    for device, shapes in table.items():
+        for key, shape in shapes.items():
+            fits = isinstance(shape, list) and [type(n) for n in shape] == [int, int]
+            if not fits or any(n < 1 or n & (n - 1) for n in shape) or shape[0] < 16 or shape[1] > 32:
+                raise ValueError(
+                    f"{where}: {device!r}, {key!r} must be [BLOCK, warps], powers of two, BLOCK at least 16 and at "
+                    f"most 32 warps, got {shape!r}: {advice}"
+                )
+
+
+def device_key(device: torch.device) -> str:
+    """The name under which a device's shapes are kept; of a CPU, which has none, the empty string."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""

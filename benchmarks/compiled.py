@@ -57,18 +57,25 @@ class Compiled:
 
 
 def compile_kernel(
-    kernel: str, window: int, target: str, dtype: torch.dtype = torch.float32, dim: int | None = None
+    kernel: str,
+    window: int,
+    target: str,
+    dtype: torch.dtype = torch.float32,
+    dim: int | None = None,
+    history_dtype: torch.dtype | None = None,
 ) -> Compiled:
     """Compiles one of KERNELS for ``cuda:CAPABILITY`` or ``hip:ARCH`` as the launcher would for this dim."""
+    rows = _TYPE_NAMES[dtype if history_dtype is None else history_dtype]
     state, accumulator = _TYPE_NAMES[dtype], "fp64" if dtype == torch.float64 else "fp32"
     platform, arch = target.split(":")
     warp_size = 32 if platform == "cuda" else 64
     if dim is None:
         dim = 1024 if kernel == "update" else 49_152
+    itemsize = (dtype.itemsize, (dtype if history_dtype is None else history_dtype).itemsize)
     if kernel == "update":
-        block, warps = fused_shape(dim, dtype.itemsize, warp_size)
+        block, warps = fused_shape(dim, window, warp_size, itemsize=itemsize)
     else:
-        block, _, warps = split_shape(dim, window, warp_size)
+        block, _, warps = split_shape(dim, window, warp_size, itemsize=itemsize)
     constants: dict[str, Any] = {
         "WINDOW": window,
         "ACCUMULATOR": tl.float64 if dtype == torch.float64 else tl.float32,
@@ -88,7 +95,7 @@ def compile_kernel(
             "TINY": torch.finfo(torch.float64).tiny,
             "LARGEST": torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max,
         }
-    of_state = {"x_ptr", "f_ptr", "out_ptr", "G_ptr", "Y_ptr"}
+    of_state = {"x_ptr", "f_ptr", "out_ptr", "Y_ptr"}
     signature: dict[str, str] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
     for position, parameter in enumerate(function.params):
@@ -104,7 +111,7 @@ def compile_kernel(
                 "partial_ptr": "fp64",
                 "H_ptr": "fp64",
             }.get(name, accumulator)
-            signature[name] = "*" + (state if name in of_state else kind)
+            signature[name] = "*" + (state if name in of_state else rows if name == "G_ptr" else kind)
         else:
             signature[name] = "fp64" if name in ("beta", "tol", "ridge") else "i32"
         # What the launcher finds at run time: allocations are aligned, and the dim is a multiple of 16.
@@ -184,11 +191,12 @@ def main() -> None:
     parser.add_argument("--windows", type=int, nargs="+", default=WINDOWS)
     parser.add_argument("--targets", nargs="+", default=TARGETS)
     parser.add_argument("--dtype", choices=sorted(_TYPE_NAMES.values()), default="fp32")
+    parser.add_argument("--history-bf16", action="store_true", help="residual rows in bfloat16")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON instead of a table")
     options = parser.parse_args()
     dtype = next(dtype for dtype, name in _TYPE_NAMES.items() if name == options.dtype)
     rows = [
-        compile_kernel(kernel, window, target, dtype)
+        compile_kernel(kernel, window, target, dtype, history_dtype=torch.bfloat16 if options.history_bf16 else None)
         for target in options.targets
         for window in options.windows
         for kernel in KERNELS

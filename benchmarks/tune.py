@@ -94,12 +94,13 @@ def main() -> None:
     rows: list[list[object]] = []
     for dtype_name in options.dtypes:
         dtype = DTYPES[dtype_name]
+        itemsize = (dtype.itemsize, dtype.itemsize)
         for window in options.windows:
-            problems = [("split", options.dim, launch.split_key(window, dtype.itemsize))]
-            problems += [("fused", dim, launch.fused_key(dim, window, dtype.itemsize)) for dim in dims]
+            problems = [("split", options.dim, launch.split_key(window, itemsize))]
+            problems += [("fused", dim, launch.fused_key(dim, window, itemsize)) for dim in dims]
             for kind, dim, key in problems:
                 if kind == "split":
-                    block, _, warps = launch.split_shape(dim, window)
+                    block, _, warps = launch.split_shape(dim, window, itemsize=itemsize)
                     candidates = [
                         (b, b // (32 * e))
                         for b in SPLIT_BLOCKS
@@ -107,7 +108,7 @@ def main() -> None:
                         if 1 <= b // (32 * e) <= 16
                     ]
                 else:
-                    block, warps = launch.fused_shape(dim, dtype.itemsize, window=window)
+                    block, warps = launch.fused_shape(dim, window, itemsize=itemsize)
                     candidates = [(block, w) for w in (1, 2, 4, 8, 16) if block // (32 * w) >= 1]
                 if options.dry_run:
                     candidates = candidates[:2]

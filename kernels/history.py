@@ -21,18 +21,17 @@ _lock = threading.RLock()  # a finalizer may run inside the locked part
 _kept: Tensor | None = None
 
 
-def allocate(owner: object, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor that is given back when ``owner`` is collected; nothing else may hold on to it then."""
+def allocate(owner: object, size: int, device: torch.device) -> Tensor:
+    """``size`` uninitialised bytes, given back when ``owner`` is collected; nothing else may hold on to them then."""
     global _kept
     if device.type != "cpu":
-        return torch.empty(shape, device=device, dtype=dtype)
+        return torch.empty(size, device=device, dtype=torch.uint8)
     with _lock:
         kept, _kept = _kept, None
-    fits = kept is not None and kept.dtype == dtype and kept.numel() == torch.Size(shape).numel()
-    if kept is not None and fits:
-        history = kept.view(shape)
+    if kept is not None and len(kept) == size:
+        history = kept
     else:
-        history = torch.empty(shape, dtype=dtype)
+        history = torch.empty(size, dtype=torch.uint8)
         _ask_for_large_pages(history)
     # Inference tensors cannot be written to outside inference mode, so that they are not passed on.
     if not history.is_inference():

@@ -29,25 +29,35 @@ def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+Bytes = tuple[int, int]
+"""Of an element of the state, and of a residual row."""
+
+FP32: Bytes = (4, 4)
+
+
 def split_shape(
-    dim: int, window: int = 1, warp_size: int = 32, *, itemsize: int = 4, device: str = ""
+    dim: int, window: int = 1, warp_size: int = 32, *, itemsize: Bytes = FP32, device: str = ""
 ) -> tuple[int, int, int]:
     """(BLOCK elements of a program, blocks of a sample, warps of a program) for a state of ``dim`` elements.
 
     By rule a thread handles 16 elements for up to 8 rows and 8 beyond: all rows of a block are in flight at once in
-    ``_mix``, and this keeps it clear of 255 registers and of spills, at 16 bytes an access for every dtype.
+    ``_mix``, and this keeps it clear of 255 registers and of spills, at 16 bytes an access for every dtype. 8 also
+    where the residual rows are narrower than the state: with 16, ``_push`` spills on NVIDIA 80.
     """
     found = _look_up(device, split_key(window, itemsize))
     if found is not None and dim > FUSED_DIM:
         block, warps = found
     else:
         block = min(1024, max(16, next_power_of_two(dim)))
-        warps = max(1, block // (16 if window <= 8 else 8) // warp_size)
+        elements = 16 if window <= 8 and itemsize[0] == itemsize[1] else 8
+        warps = max(1, block // elements // warp_size)
     return block, -(-dim // block), warps
 
 
-def fused_shape(dim: int, itemsize: int, warp_size: int = 32, *, window: int = 1, device: str = "") -> tuple[int, int]:
-    """(BLOCK elements of a program, warps of it) for ``_update`` on a state of ``dim`` elements of ``itemsize`` bytes.
+def fused_shape(
+    dim: int, window: int = 1, warp_size: int = 32, *, itemsize: Bytes = FP32, device: str = ""
+) -> tuple[int, int]:
+    """(BLOCK elements of a program, warps of it) for ``_update`` on a state of ``dim`` elements.
 
     By rule a sample, which has one program only, is spread over as many threads as 16-byte accesses allow, up to 512.
     """
@@ -55,18 +65,22 @@ def fused_shape(dim: int, itemsize: int, warp_size: int = 32, *, window: int = 1
     found = _look_up(device, fused_key(block, window, itemsize))
     if found is not None:
         return block, found[1]
-    threads = min(512, block * itemsize // 16)
+    threads = min(512, block * min(itemsize) // 16)
     return block, max(1, threads // warp_size)
 
 
-def split_key(window: int, itemsize: int) -> str:
+def split_key(window: int, itemsize: Bytes) -> str:
     """The entry for the two-launch update."""
-    return f"split, {next_power_of_two(window)} rows, {itemsize} bytes"
+    return f"split, {next_power_of_two(window)} rows, {_bytes(itemsize)}"
 
 
-def fused_key(block: int, window: int, itemsize: int) -> str:
+def fused_key(block: int, window: int, itemsize: Bytes) -> str:
     """The entry for the one-launch update of states of up to ``block`` elements, a power of two."""
-    return f"fused, {block} elements, {next_power_of_two(window)} rows, {itemsize} bytes"
+    return f"fused, {block} elements, {next_power_of_two(window)} rows, {_bytes(itemsize)}"
+
+
+def _bytes(itemsize: Bytes) -> str:
+    return f"{itemsize[0]} bytes" + (f", {itemsize[1]} of a residual row" if itemsize[0] != itemsize[1] else "")
 
 
 def _look_up(device: str, key: str) -> tuple[int, int] | None:

@@ -11,7 +11,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #ifdef __AVX__
@@ -30,9 +32,9 @@ constexpr int64_t CACHED = 64 << 20;   // bytes of history that caches may hold:
 extern "C" {
 
 // Mirrors native_backend._Window, field by field. Pointers as in kernels.state.WindowState; H is double, the other
-// floating-point fields are of the state's own type.
+// floating-point fields are of the state's own type; G may be in bfloat16. row_bytes: of an element of G.
 struct Window {
-    int64_t batch, window, dim, scaled;
+    int64_t batch, window, dim, scaled, row_bytes;
     double beta, tol, ridge;
     void *G, *Y, *H, *row_residual, *weights, *residual, *frozen, *iterations;
 };
@@ -44,7 +46,36 @@ namespace {
 // Whether a row that is written now will have left the caches by the time it is read.
 template <typename T>
 bool beyond_the_caches(const Window& w) {
-    return 2 * w.batch * w.window * w.dim * static_cast<int64_t>(sizeof(T)) > CACHED;
+    return w.batch * w.window * w.dim * (static_cast<int64_t>(sizeof(T)) + w.row_bytes) > CACHED;
+}
+
+// How an element of G is stored: as it is, or as the upper half of a float.
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline float value(float stored) { return stored; }
+inline double value(double stored) { return stored; }
+inline float value(bfloat16 stored) {
+    const uint32_t bits = static_cast<uint32_t>(stored.bits) << 16;
+    float number;
+    std::memcpy(&number, &bits, sizeof number);
+    return number;
+}
+
+template <typename R>
+inline R stored(double number) {
+    return static_cast<R>(number);
+}
+// To the nearest, ties to even; what is not finite stays so.
+template <>
+inline bfloat16 stored<bfloat16>(double number) {
+    const float narrow = static_cast<float>(number);
+    uint32_t bits;
+    std::memcpy(&bits, &narrow, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const uint32_t not_a_number = (bits >> 16) | 0x40;
+    return {static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? not_a_number : rounded)};
 }
 
 // Copies n elements past the caches: a plain store reads each line from memory before it overwrites it. Other threads
@@ -70,10 +101,12 @@ inline void streamed() {
 #endif
 }
 
-template <typename T>
+// T: type of the state. R: how an element of G is stored.
+template <typename T, typename R>
 struct Sample {
     const T *x, *f;
-    T *out, *G, *Y, *row_residual, *weights, *residual;
+    T *out, *Y, *row_residual, *weights, *residual;
+    R* G;
     double* H;
     uint8_t* frozen;
     int32_t* iterations;
@@ -83,31 +116,31 @@ struct Sample {
         : x(static_cast<const T*>(x_) + p * w.dim),
           f(static_cast<const T*>(f_) + p * w.dim),
           out(static_cast<T*>(out_) + p * w.dim),
-          G(static_cast<T*>(w.G) + b * w.window * w.dim),
           Y(static_cast<T*>(w.Y) + b * w.window * w.dim),
           row_residual(static_cast<T*>(w.row_residual) + b * w.window),
           weights(static_cast<T*>(w.weights) + b * w.window),
           residual(static_cast<T*>(w.residual) + b),
+          G(static_cast<R*>(w.G) + b * w.window * w.dim),
           H(static_cast<double*>(w.H) + b * w.window * w.window),
           frozen(static_cast<uint8_t*>(w.frozen) + b),
           iterations(static_cast<int32_t*>(w.iterations) + b) {}
 };
 
 // sums[k] += g . rows[k], for N rows at a time: N independent chains of multiply-adds.
-template <int N, typename T>
-inline void dot(const T* __restrict g, const T* const* rows, int64_t n, double* const* sums) {
-    const T* __restrict r0 = rows[0];
-    const T* __restrict r1 = rows[N > 1 ? 1 : 0];
-    const T* __restrict r2 = rows[N > 2 ? 2 : 0];
-    const T* __restrict r3 = rows[N > 3 ? 3 : 0];
+template <int N, typename T, typename R>
+inline void dot(const T* __restrict g, const R* const* rows, int64_t n, double* const* sums) {
+    const R* __restrict r0 = rows[0];
+    const R* __restrict r1 = rows[N > 1 ? 1 : 0];
+    const R* __restrict r2 = rows[N > 2 ? 2 : 0];
+    const R* __restrict r3 = rows[N > 3 ? 3 : 0];
     double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
     for (int64_t j = 0; j < n; ++j) {
         const double gj = g[j];
-        s0 += gj * r0[j];
-        if (N > 1) s1 += gj * r1[j];
-        if (N > 2) s2 += gj * r2[j];
-        if (N > 3) s3 += gj * r3[j];
+        s0 += gj * value(r0[j]);
+        if (N > 1) s1 += gj * value(r1[j]);
+        if (N > 2) s2 += gj * value(r2[j]);
+        if (N > 3) s3 += gj * value(r3[j]);
     }
     *sums[0] += s0;
     if (N > 1) *sums[1] += s1;
@@ -134,23 +167,26 @@ inline void combine(T* __restrict o, const T* const* rows, const T* a, int64_t n
 }
 
 // Launch 1: elements [begin, end). sums[i] += g . g_i for the filled rows i, sums[m] += f . f.
-template <typename T>
-void push(const Window& w, const Sample<T>& s, int64_t slot, int64_t filled, int64_t begin, int64_t end, double* sums) {
+template <typename T, typename R>
+void push(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled, int64_t begin, int64_t end, double* sums) {
     const T damping = static_cast<T>(1.0 - w.beta);
-    const bool large = beyond_the_caches<T>(w);
+    const bool large = beyond_the_caches<T>(w), in_place = std::is_same<T, R>::value && !large;
     T buffer[BLOCK];
+    R row[std::is_same<T, R>::value ? 1 : BLOCK];
     for (int64_t at = begin; at < end; at += BLOCK) {
         const int64_t n = std::min(BLOCK, end - at);
         const T* __restrict x = s.x + at;
         const T* __restrict f = s.f + at;
-        T* const g_row = s.G + slot * w.dim + at;
-        T* __restrict g = large ? buffer : g_row;
+        R* const g_row = s.G + slot * w.dim + at;
+        T* __restrict g = in_place ? reinterpret_cast<T*>(g_row) : buffer;
         T* __restrict y = s.Y + slot * w.dim + at;
         // The norms in double: squares of 1e-20 are zero in float, and a residual of zero would pass for converged.
         double gg = 0, ff = 0;
 #pragma omp simd reduction(+ : gg, ff)
         for (int64_t j = 0; j < n; ++j) {
-            const T r = f[j] - x[j];
+            // The Gram matrix belongs to the rows as they are stored: round first, then multiply.
+            T r = f[j] - x[j];
+            if constexpr (!std::is_same<T, R>::value) r = value(row[j] = stored<R>(r));
             g[j] = r;
             gg += static_cast<double>(r) * static_cast<double>(r);
             ff += static_cast<double>(f[j]) * static_cast<double>(f[j]);
@@ -168,7 +204,7 @@ void push(const Window& w, const Sample<T>& s, int64_t slot, int64_t filled, int
         sums[slot] += gg;
         sums[w.window] += ff;
 
-        const T* rows[4];
+        const R* rows[4];
         double* into[4];
         int k = 0;
         for (int64_t i = 0; i < filled; ++i) {
@@ -183,7 +219,10 @@ void push(const Window& w, const Sample<T>& s, int64_t slot, int64_t filled, int
         if (k == 3) dot<3>(g, rows, n, into);
         if (k == 2) dot<2>(g, rows, n, into);
         if (k == 1) dot<1>(g, rows, n, into);
-        if (large) stream(g, g_row, n);
+        if constexpr (!std::is_same<T, R>::value)
+            std::copy(row, row + n, g_row);
+        else if (large)
+            stream(g, g_row, n);
     }
     if (large) streamed();
 }
@@ -197,8 +236,8 @@ T relative(double g_squared, double f_squared) {
 }
 
 // Gauss-Jordan on (S H S + ridge I) w = S over the valid rows; false if there is no finite answer. n rows, in double.
-template <typename T>
-bool solve(const Window& w, const Sample<T>& s, int64_t n, const bool* valid, double* alpha) {
+template <typename T, typename R>
+bool solve(const Window& w, const Sample<T, R>& s, int64_t n, const bool* valid, double* alpha) {
     double A[MAX_WINDOW][MAX_WINDOW + 1], S[MAX_WINDOW];
     for (int64_t i = 0; i < n; ++i) {
         const double diagonal = s.H[i * w.window + i];
@@ -227,8 +266,8 @@ bool solve(const Window& w, const Sample<T>& s, int64_t n, const bool* valid, do
 }
 
 // Between the launches: finishes the Gram row, finds the weights, keeps the books. False if the sample keeps its x.
-template <typename T>
-bool finish(const Window& w, const Sample<T>& s, int64_t slot, int64_t filled, const double* sums) {
+template <typename T, typename R>
+bool finish(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled, const double* sums) {
     const int64_t m = w.window;
     for (int64_t i = 0; i < filled; ++i) s.H[slot * m + i] = s.H[i * m + slot] = sums[i];
     const T residual = relative<T>(sums[slot], sums[m]);
@@ -257,8 +296,8 @@ bool finish(const Window& w, const Sample<T>& s, int64_t slot, int64_t filled, c
 }
 
 // Launch 2: out = sum_i alpha_i y_i over elements [begin, end).
-template <typename T>
-void mix(const Window& w, const Sample<T>& s, int64_t slot, int64_t filled, int64_t begin, int64_t end) {
+template <typename T, typename R>
+void mix(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled, int64_t begin, int64_t end) {
     // A row of no weight is not read: it may hold the NaN that took it out.
     const T* rows[MAX_WINDOW];
     T a[MAX_WINDOW];
@@ -296,8 +335,8 @@ void mix(const Window& w, const Sample<T>& s, int64_t slot, int64_t filled, int6
     if (large) streamed();
 }
 
-template <typename T>
-void keep(const Window& w, const Sample<T>& s) {
+template <typename T, typename R>
+void keep(const Window& w, const Sample<T, R>& s) {
     if (s.out != s.x) std::copy(s.x, s.x + w.dim, s.out);
 }
 
@@ -309,7 +348,7 @@ void add_pieces(const std::vector<double>& partial, int64_t pieces, int64_t widt
         for (int64_t i = 0; i < width; ++i) sums[i] += partial[p * width + i];
 }
 
-template <typename T>
+template <typename T, typename R>
 void step(const Window& w, const void* x, const void* f, void* out, const int64_t* index, int64_t count, int threads) {
     const int64_t width = w.window + 1, pieces = (w.dim + PIECE - 1) / PIECE;
     const bool by_sample = count >= 2 * threads || pieces == 1;
@@ -318,7 +357,7 @@ void step(const Window& w, const void* x, const void* f, void* out, const int64_
         {
             std::vector<double> partial(pieces * width), sums(width);
             const auto advance = [&](int64_t row) {
-                const Sample<T> s(w, row, index ? index[row] : row, x, f, out);
+                const Sample<T, R> s(w, row, index ? index[row] : row, x, f, out);
                 // A sample's own steps say which row of its ring is next.
                 const int64_t slot = *s.iterations % w.window, filled = std::min<int64_t>(*s.iterations + 1, w.window);
                 bool moves = !*s.frozen;
@@ -349,7 +388,7 @@ void step(const Window& w, const void* x, const void* f, void* out, const int64_
     // Few samples: the threads share each one.
     std::vector<double> partial(pieces * width), sums(width);
     for (int64_t row = 0; row < count; ++row) {
-        const Sample<T> s(w, row, index ? index[row] : row, x, f, out);
+        const Sample<T, R> s(w, row, index ? index[row] : row, x, f, out);
         const int64_t slot = *s.iterations % w.window, filled = std::min<int64_t>(*s.iterations + 1, w.window);
         bool moves = !*s.frozen;
         if (moves) {
@@ -398,13 +437,17 @@ void residual_norm(int64_t batch, int64_t dim, const T* x, const T* f, T* residu
 extern "C" {
 
 // x, f, out: `count` rows, that of sample index[row], or of sample `row` where index is null.
-void anderson_step_float(const Window* w, const void* x, const void* f, void* out, const int64_t* index, int64_t count, int32_t threads) {
-    step<float>(*w, x, f, out, index, count, threads);
+void anderson_step_float(const Window* w, const void* x, const void* f, void* out, const int64_t* index, int64_t count,
+                         int32_t threads) {
+    if (w->row_bytes == sizeof(bfloat16))
+        step<float, bfloat16>(*w, x, f, out, index, count, threads);
+    else
+        step<float, float>(*w, x, f, out, index, count, threads);
 }
 
 void anderson_step_double(const Window* w, const void* x, const void* f, void* out, const int64_t* index,
                           int64_t count, int32_t threads) {
-    step<double>(*w, x, f, out, index, count, threads);
+    step<double, double>(*w, x, f, out, index, count, threads);
 }
 
 void residual_norm_float(int64_t batch, int64_t dim, const float* x, const float* f, float* residual, int32_t threads) {

@@ -41,7 +41,7 @@ class _Window(ctypes.Structure):
     """Mirrors ``struct Window`` of native.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "window", "dim", "scaled")),
+        *((name, ctypes.c_int64) for name in ("batch", "window", "dim", "scaled", "row_bytes")),
         *((name, ctypes.c_double) for name in ("beta", "tol", "ridge")),
         *((name, ctypes.c_void_p) for name in _TENSORS),
     )
@@ -65,7 +65,8 @@ class NativeBackend:
             # The tensors of a state never move, so that their addresses are taken once.
             batch_size, window, dim = state.G.shape
             self._window = _Window(
-                *(batch_size, window, dim, int(state.scaled), state.beta, state.tol, state.ridge),
+                *(batch_size, window, dim, int(state.scaled), state.G.element_size()),
+                *(state.beta, state.tol, state.ridge),
                 *(getattr(state, name).data_ptr() for name in _TENSORS),
             )
         function = getattr(self._library, f"anderson_step_{_SUFFIX[x.dtype]}")

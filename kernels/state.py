@@ -32,7 +32,7 @@ class WindowState:
     """
 
     G: Tensor
-    """(B, m, d) residuals g_i = f_i - x_i, in the dtype of the state."""
+    """(B, m, d) residuals g_i = f_i - x_i, in the dtype of the state, or in bfloat16 for a float32 state."""
     Y: Tensor
     """(B, m, d) mixed rows y_i = x_i + beta g_i, in the dtype of the state."""
     H: Tensor

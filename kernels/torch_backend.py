@@ -77,7 +77,8 @@ def _advance(state: WindowState, samples: Tensor, x: Tensor, fx: Tensor, out: Te
     def history(ring: Tensor, i: int) -> Tensor:
         return ring[:, i] if whole else ring[samples, i]
 
-    g = torch.sub(fx, x)
+    # The Gram matrix belongs to the rows as they are stored: round first, then multiply.
+    g = torch.sub(fx, x).to(state.G.dtype)
     g_norm, f_norm = _norm(g), _norm(fx)
     residual = residual_of_norms(g_norm, f_norm, state.residual.dtype)
     finite = torch.isfinite(residual)
@@ -87,7 +88,6 @@ def _advance(state: WindowState, samples: Tensor, x: Tensor, fx: Tensor, out: Te
         # 0 * NaN is NaN: rows that do not take part must not hold one.
         g[~finite], y[~finite] = 0, 0
         g_norm = torch.where(finite, g_norm, 0.0)
-    g, y = g.to(state.G.dtype), y.to(state.Y.dtype)
     state.G[samples, slot], state.Y[samples, slot] = g, y
 
     H = state.H[samples]

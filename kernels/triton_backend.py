@@ -519,10 +519,11 @@ class TritonBackend:
         batch_size, window, dim = state.G.shape
         fused = dim <= self._fused_dim
         warp_size, name = _warp_size(x.device), _device_key(x.device)
+        itemsize = (x.element_size(), state.G.element_size())
         if fused:
-            block, warps = fused_shape(dim, x.element_size(), warp_size, window=window, device=name)
+            block, warps = fused_shape(dim, window, warp_size, itemsize=itemsize, device=name)
         else:
-            block, blocks, warps = split_shape(dim, window, warp_size, itemsize=x.element_size(), device=name)
+            block, blocks, warps = split_shape(dim, window, warp_size, itemsize=itemsize, device=name)
         frozen = state.frozen.view(torch.uint8)
         shared: dict[str, Any] = {
             "WINDOW": window,

@@ -23,6 +23,9 @@ notes). ``absolute``: the tutorial's, TorchDEQ's and jaxopt's order of magnitude
 _GATHER_PARTS = 4
 """Parts of the batch in which the best iterates are gathered: two rows of each at a time."""
 
+_ALIGNMENT = 64
+"""Bytes: a cache line, and more than the widest access."""
+
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -99,6 +102,10 @@ class AndersonWindow:
         beta: mixing parameter in (0, 1].
         device: where the history lives (2 m B d elements); default: PyTorch's default device.
         dtype: of states and history: float64, float32, bfloat16 or float16.
+        history_dtype: of the residual rows g_i, which only weigh the mixed rows: ``torch.bfloat16`` for a float32
+            state moves and stores half of them and costs no iterations (README, design notes), but ``residual`` is
+            then that of the rounded row, and what :meth:`best` returns is exact to 2^-9 of its g. The mixed rows
+            stay in ``dtype``: rounded, they would keep the iterates away from the solution. Default: ``dtype``.
         backend: ``auto``, ``triton``, ``native`` or ``torch``.
         regularization: ``scaled`` puts the Gram matrix to unit diagonal before ``ridge`` is added, so that rescaling
             f changes nothing; ``absolute`` adds it as it is (what TorchDEQ and jaxopt do).
@@ -130,6 +137,7 @@ class AndersonWindow:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        history_dtype: torch.dtype | None = None,
         backend: BackendName = "auto",
         regularization: Regularization = "scaled",
         ridge: float | None = None,
@@ -142,6 +150,12 @@ class AndersonWindow:
             raise ValueError(f"dim must be at least 1, got {dim}")
         if dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+        rows_dtype = dtype if history_dtype is None else history_dtype
+        if rows_dtype != dtype and (dtype, rows_dtype) != (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"history_dtype must be torch.bfloat16 for a torch.float32 state, or the state's own, got "
+                f"{rows_dtype} for a {dtype} state"
+            )
         if tol is not None and not tol >= 0.0:
             raise ValueError(f"tol must be at least 0, got {tol} (None never freezes a sample)")
         home = torch.device(device) if device is not None else torch.get_default_device()
@@ -151,7 +165,11 @@ class AndersonWindow:
         def full(*shape: int, value: float, dtype: torch.dtype = accumulator) -> Tensor:
             return torch.full(shape, value, device=home, dtype=dtype)
 
-        G, Y = history.allocate(self, (2, batch_size, window, dim), home, dtype)
+        shape = (batch_size, window, dim)
+        bytes_of_Y = math.prod(shape) * dtype.itemsize
+        start_of_G = -(-bytes_of_Y // _ALIGNMENT) * _ALIGNMENT
+        both = history.allocate(self, start_of_G + math.prod(shape) * rows_dtype.itemsize, home)
+        Y, G = both[:bytes_of_Y].view(dtype).view(shape), both[start_of_G:].view(rows_dtype).view(shape)
         self._state = WindowState(
             G=G,
             Y=Y,
@@ -231,9 +249,9 @@ class AndersonWindow:
         for name, tensor in (("x", x), ("fx", fx), ("out", out)):
             if tensor is None:
                 continue
-            if tensor.shape != (batch_size, dim) or tensor.dtype != state.G.dtype:
+            if tensor.shape != (batch_size, dim) or tensor.dtype != state.Y.dtype:
                 raise ValueError(
-                    f"{name} must be ({batch_size}, {dim}) {state.G.dtype} like this window, "
+                    f"{name} must be ({batch_size}, {dim}) {state.Y.dtype} like this window, "
                     f"got {tuple(tensor.shape)} {tensor.dtype}"
                 )
             if tensor.device != state.G.device:
@@ -250,8 +268,8 @@ class AndersonWindow:
         """The iterate of lowest residual still in the window, and that residual: (B, d), (B,).
 
         Converged samples keep their row of ``x``, and so do those of which no row is finite. No iterate is stored for
-        this: x_i = y_i - beta g_i, exact up to the rounding of one subtraction in the state's dtype. The result is
-        written to ``out`` if given, which may be ``x`` itself.
+        this: x_i = y_i - beta g_i, exact up to the rounding of one subtraction in the state's dtype, and of g_i with
+        a ``history_dtype``. The result is written to ``out`` if given, which may be ``x`` itself.
         """
         state = self._state
         index = state.row_residual.argmin(dim=1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from kernels import AndersonWindow, BackendName, Regularization
@@ -24,6 +26,8 @@ class Anderson(Solver):
         tol, max_iter, stop, compact, check_every: see :class:`~deq.solvers.base.Solver`.
         regularization: ``scaled`` (unaffected by the scale of f) or ``absolute`` (what TorchDEQ and jaxopt do).
         ridge: strength of the regularisation; default 1e-6 for ``scaled``, 1e-4 for ``absolute``.
+        history_dtype: ``bfloat16`` keeps the residual rows of a float32 state in half the memory and traffic, see
+            :class:`kernels.AndersonWindow`; default: the state's.
         backend: ``auto``, ``triton``, ``native`` or ``torch``.
 
     Raises:
@@ -42,6 +46,7 @@ class Anderson(Solver):
     beta: float = 1.0
     regularization: Regularization = "scaled"
     ridge: float | None = None
+    history_dtype: Literal["bfloat16"] | None = None
     backend: BackendName = "auto"
 
     def __post_init__(self) -> None:
@@ -53,6 +58,8 @@ class Anderson(Solver):
             ridge=self.ridge,
             backend=self.backend,
         )
+        if self.history_dtype not in (None, "bfloat16"):
+            raise ValueError(f"history_dtype must be bfloat16 or left out, got {self.history_dtype!r}")
 
     def start(self, x: Tensor, *, in_place: bool = False) -> _AndersonIteration:
         # In place anyway: a frozen sample is never touched.
@@ -63,6 +70,7 @@ class Anderson(Solver):
             self.beta,
             device=x.device,
             dtype=x.dtype,
+            history_dtype=torch.bfloat16 if self.history_dtype is not None else None,
             backend=self.backend,
             regularization=self.regularization,
             ridge=self.ridge,

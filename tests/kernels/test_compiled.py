@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
-ITEMSIZE = {"fp32": 4, "bf16": 2}
+ITEMSIZE = {"fp32": (4, 4), "bf16": (2, 2), "fp32 with bf16 rows": (4, 2)}
+"""Bytes of an element of the state, and of a residual row."""
 
 Row = dict[str, Any]
 
@@ -20,13 +21,15 @@ Row = dict[str, Any]
 def rows(request: pytest.FixtureRequest) -> list[Row]:
     # In a process of its own: here the kernels may be the interpreter's.
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.compiled", "--json", "--dtype", request.param]
-    command += ["--windows", "2", "5", "10", "16", "--targets", *TARGETS]
+    mixed = request.param == "fp32 with bf16 rows"
+    windows = ("5", "16") if mixed else ("2", "5", "10", "16")
+    command = [sys.executable, "-m", "benchmarks.compiled", "--json", "--dtype", request.param.split()[0]]
+    command += ["--windows", *windows, "--targets", *TARGETS, *(["--history-bf16"] if mixed else [])]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     found: list[Row] = json.loads(run.stdout)
-    assert len(found) == 3 * 4 * len(TARGETS)
-    return found
+    assert len(found) == 3 * len(windows) * len(TARGETS)
+    return [row | {"bytes": ITEMSIZE[request.param]} for row in found]
 
 
 def test_no_kernel_spills(rows: list[Row]) -> None:
@@ -40,14 +43,18 @@ def test_registers_leave_room_for_several_programs(rows: list[Row]) -> None:
 
 def test_every_access_to_the_state_is_16_bytes_wide(rows: list[Row]) -> None:
     for row in rows:
-        accesses = row["elements_per_thread"] * ITEMSIZE[row["dtype"]] // 16
+        of_state, of_row = (row["elements_per_thread"] * size // 16 for size in row["bytes"])
         # push reads x, f and the rows of G (its own under a branch), and writes one of G and of Y;
         # mix reads the rows of Y and writes x_next; update does both.
         m = row["window"]
-        reads, writes = {"push": (m + 2, 2), "mix": (m, 1), "update": (2 * m + 2, 3)}[row["kernel"]]
-        assert accesses >= 1, row
-        assert row["wide_loads"] == reads * accesses, row
-        assert row["wide_stores"] == writes * accesses, row
+        reads, writes = {
+            "push": (2 * of_state + m * of_row, of_state + of_row),
+            "mix": (m * of_state, of_state),
+            "update": ((m + 2) * of_state + m * of_row, 2 * of_state + of_row),
+        }[row["kernel"]]
+        assert of_row >= 1, row
+        assert row["wide_loads"] == reads, row
+        assert row["wide_stores"] == writes, row
         # AMD's assembly has no scalar loads of 8 bytes: there mix reads its float64 books, not the state, by twos.
         if not (row["target"].startswith("hip") and row["kernel"] != "push"):
             assert row["narrow_vector_loads"] == 0, row

@@ -34,12 +34,12 @@ def test_a_table_replaces_the_rule_on_its_device_alone(read_table) -> None:  # t
     assert launch.split_shape(49_152, 8, device="A GPU") == (2048, 24, 8), "of one power of two"
     for other in (
         launch.split_shape(49_152, 5, device="another GPU"),
-        launch.split_shape(49_152, 5, itemsize=2, device="A GPU"),
+        launch.split_shape(49_152, 5, itemsize=(2, 2), device="A GPU"),
     ):
         assert other == rule
     assert launch.split_shape(49_152, 9, device="A GPU") == launch.split_shape(49_152, 9)
-    assert launch.fused_shape(1000, 4, window=5, device="A GPU") == (1024, 1)
-    assert launch.fused_shape(600, 2, window=5, device="A GPU") == launch.fused_shape(600, 2)
+    assert launch.fused_shape(1000, 5, device="A GPU") == (1024, 1)
+    assert launch.fused_shape(600, 5, itemsize=(4, 2), device="A GPU") == launch.fused_shape(600, 5, itemsize=(4, 2))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.problems import affine
+from deq.solvers import Anderson
 from kernels import AndersonWindow, BackendName, Regularization, residual_norm
 from kernels.naive import anderson_update, anderson_weights, relative_residual
 from kernels.triton_backend import TritonBackend
@@ -626,3 +628,49 @@ def test_traffic_is_that_of_the_model(backend: str, beyond_2m: int, m: int, monk
     counted("create_masked_store", 1)
     window.step(x, fx, out=out)
     assert moved == (2 * m + beyond_2m) * batch * dim
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.4])
+@pytest.mark.parametrize("dim", [33, 2500])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_residual_rows_in_bfloat16_weigh_mixed_rows_that_are_not_rounded(backend: str, dim: int, beta: float) -> None:
+    m, (X, F) = 4, random_sequence(7, 3, dim)
+    window = make(backend, X, m, beta=beta, history_dtype=torch.bfloat16)
+    got = run(window, X, F)
+    order = [k % m for k in range(len(X) - m, len(X))]  # the ring's rows, the oldest first
+    G = window._state.G[:, order].cpu()
+    assert G.dtype == torch.bfloat16
+    g = rows(F - X, m)
+    assert ((G.float() - g).abs() <= 2**-7 * g.abs()).all()
+    alpha = anderson_weights(G)
+    expected = (alpha[:, :, None] * (rows(F, m).double() - (1 - beta) * G.double())).sum(dim=1)
+    assert relative_error(got, expected, F) < 1e-5
+    residual = G[:, -1].double().norm(dim=1) / F[-1].double().norm(dim=1)
+    torch.testing.assert_close(window.residual.cpu().double(), residual, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_residual_rows_in_bfloat16_cost_no_iterations(backend: BackendName) -> None:
+    for rho, tol in ((0.9, 1e-6), (0.99, 1e-4)):
+        f = affine(rho, lowest=-rho, batch=8, dim=256).to(torch.float32, "cpu")
+        full, half = (
+            Anderson(window=5, tol=tol, max_iter=300, backend=backend, history_dtype=history).solve(f, f.zero)
+            for history in (None, "bfloat16")
+        )
+        assert half.converged.all()
+        assert half.iterations.float().mean() <= 1.05 * full.iterations.float().mean()
+
+
+def test_half_the_rows_take_half_the_memory() -> None:
+    full = AndersonWindow(2, 1024, window=4)._state
+    half = AndersonWindow(2, 1024, window=4, history_dtype=torch.bfloat16)._state
+    assert (half.G.nbytes, half.Y.nbytes) == (full.G.nbytes / 2, full.Y.nbytes)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "history_dtype"),
+    [(torch.float64, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.float32)],
+)
+def test_other_history_dtypes_are_refused(dtype: torch.dtype, history_dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=r"history_dtype must be torch\.bfloat16 for a torch\.float32 state"):
+        AndersonWindow(2, 8, dtype=dtype, history_dtype=history_dtype)

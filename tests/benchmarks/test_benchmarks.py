@@ -78,3 +78,15 @@ def test_the_gpu_run_is_complete_in_a_dry_run_without_hydra_or_wandb(
         "solve-tol0.01.json",
         "train-digits.json",
     } <= written
+
+
+def test_rounding_the_residual_rows_costs_nothing_and_rounding_the_mixed_rows_stalls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("benchmarks.history", "--windows", "5", "--device", "cpu", "--out", str(tmp_path), monkeypatch=monkeypatch)
+    rows = {(row["problem"], row["bfloat16"]): row for row in rows_of(tmp_path, "history")}
+    for tol in ("tol 0.01", "tol 0.001", "tol 1e-06"):
+        full = float(rows["affine, rho 0.9", "float32"][tol])
+        for form in ("residual rows", "differences"):
+            assert abs(float(rows["affine, rho 0.9", form][tol]) - full) <= 0.05 * full
+    assert rows["affine, rho 0.9", "both rows"]["tol 1e-06"] == "300.0 (100% never)"

@@ -2,6 +2,7 @@
 
 from .anderson import Anderson
 from .base import Solution, Solver
+from .broyden import Broyden
 from .forward import Forward
 
-__all__ = ["Anderson", "Forward", "Solution", "Solver"]
+__all__ = ["Anderson", "Broyden", "Forward", "Solution", "Solver"]

@@ -12,6 +12,9 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from kernels import residual_norm
+from kernels.state import accumulator_dtype
+
 Stop = Literal["max", "mean"]
 FixedPointMap = Callable[[Tensor], Tensor]
 """f: (B, ...) -> (B, ...), the same shape, dtype and device; samples do not mix."""
@@ -22,7 +25,7 @@ class Solution:
     """What a solve found, per sample, and what it cost. All tensors are detached and on the state's device."""
 
     z: Tensor
-    """(B, ...) the iterate of lowest relative residual still in the solver's window."""
+    """(B, ...) the iterate of lowest relative residual still in the solver's window, or (Broyden's method) of all."""
     residual: Tensor
     """(B,) relative residual ``||f(z) - z|| / ||f(z)||`` at ``z``; NaN or inf where f was never finite."""
     iterations: Tensor
@@ -201,6 +204,40 @@ class Solver(ABC):
         """() bool: whether the mean test ends the solve. residual, frozen: (B,)."""
         # Samples whose f is not finite are given up and frozen; they do not keep the others from stopping.
         return torch.where(frozen, 0.0, residual).sum() / (~frozen).sum() <= self.tol
+
+
+class Books:
+    """What iterations without an :class:`kernels.AndersonWindow` keep of every sample."""
+
+    def __init__(self, x: Tensor, solver: Solver) -> None:
+        self._solver = solver
+        batch_size = x.shape[0]
+        self.residual = torch.full((batch_size,), torch.inf, dtype=accumulator_dtype(x.dtype), device=x.device)
+        self.frozen = torch.zeros(batch_size, dtype=torch.bool, device=x.device)
+        self.iterations = torch.zeros(batch_size, dtype=torch.int32, device=x.device)
+
+    def enter(self, x: Tensor, fx: Tensor, index: Tensor | None) -> Tensor:
+        """Takes an evaluation, x and fx (n, d), into account; returns which of these samples stay at x, (n,) bool."""
+        part = slice(None) if index is None else index
+        active = ~self.frozen[part]
+        self.iterations[part] += active
+        residual = torch.where(active, residual_norm(x, fx), self.residual[part])
+        self.residual[part] = residual
+        frozen = ~active | ~torch.isfinite(residual)
+        if self._solver.stop == "max":
+            frozen |= residual <= self._solver.tol
+        self.frozen[part] = frozen
+        if self._solver.stop == "mean":
+            # Before the step, so that what is frozen stays at the iterate that its residual belongs to.
+            self.frozen |= self._solver.mean_is_met(self.residual, self.frozen)
+            frozen = self.frozen[part]
+        return frozen
+
+    def reset(self) -> None:
+        """As new, in the same memory."""
+        self.residual.fill_(torch.inf)
+        self.frozen.zero_()
+        self.iterations.zero_()
 
 
 _COMPACT_AT = 0.75

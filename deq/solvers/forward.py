@@ -7,10 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import residual_norm
-from kernels.state import accumulator_dtype
-
-from .base import Solver
+from .base import Books, Solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,37 +38,22 @@ class Forward(Solver):
         return _ForwardIteration(x, self, in_place)
 
 
-class _ForwardIteration:
+class _ForwardIteration(Books):
     """Two buffers that change places, so that the iterate last evaluated is still there when the solve ends.
 
     In place, the iterate evaluated is copied aside instead.
     """
 
     def __init__(self, x: Tensor, solver: Forward, in_place: bool) -> None:
-        self._solver, self._in_place = solver, in_place
+        super().__init__(x, solver)
+        self._beta, self._in_place = solver.beta, in_place
         self._evaluated, self._spare = x, torch.empty_like(x)
         self._index: Tensor | None = None
-        self.residual = torch.full((x.shape[0],), torch.inf, dtype=accumulator_dtype(x.dtype), device=x.device)
-        self.frozen = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
-        self.iterations = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
 
     def step(self, x: Tensor, fx: Tensor, index: Tensor | None) -> Tensor:
-        part = slice(None) if index is None else index
-        active = ~self.frozen[part]
-        self.iterations[part] += active
-        residual = torch.where(active, residual_norm(x, fx), self.residual[part])
-        self.residual[part] = residual
-        frozen = ~active | ~torch.isfinite(residual)
-        if self._solver.stop == "max":
-            frozen |= residual <= self._solver.tol
-        self.frozen[part] = frozen
-        if self._solver.stop == "mean":
-            # Before the step, so that what is frozen stays at the iterate that its residual belongs to.
-            self.frozen |= self._solver.mean_is_met(self.residual, self.frozen)
-            frozen = self.frozen[part]
+        frozen = self.enter(x, fx, index)
         # y = f - (1 - beta) (f - x): beta = 1 gives f itself, without rounding.
-        beta = self._solver.beta
-        moved = fx if beta == 1.0 else torch.lerp(fx, x, 1.0 - beta)
+        moved = fx if self._beta == 1.0 else torch.lerp(fx, x, 1.0 - self._beta)
         self._index = index
         if self._in_place:
             self._evaluated = self._spare.copy_(x)
@@ -86,8 +68,3 @@ class _ForwardIteration:
         # Samples that were left out are frozen, at the iterate that they were last evaluated at.
         z = self._evaluated if self._index is None else x.index_copy(0, self._index, self._evaluated)
         return z, self.residual
-
-    def reset(self) -> None:
-        self.residual.fill_(torch.inf)
-        self.frozen.zero_()
-        self.iterations.zero_()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.problems import affine
 from deq import DEQ
 from deq.gradients import Implicit, JacobianFree
-from deq.solvers import Anderson, Forward, Solver, captured
+from deq.solvers import Anderson, Broyden, Forward, Solver, captured
 from deq.solvers.captured import CapturedSolve, _while_nodes_available, recorder_for
 from kernels import native_backend, window
 from tests.replay import ReplayingRecorder, triton_launches_are_recorded  # noqa: F401
@@ -28,6 +28,7 @@ SOLVERS = {
     "Anderson, cap": Anderson(window=3, tol=0.0, max_iter=5, backend="triton"),
     "Forward": Forward(tol=1e-3, max_iter=60),
     "Forward, damped": Forward(tol=1e-3, max_iter=60, beta=0.7),
+    "Broyden": Broyden(tol=1e-3, max_iter=30, memory=4),
     "Forward, mean": Forward(tol=1e-3, max_iter=60, stop="mean"),
     "Forward, cap": Forward(tol=0.0, max_iter=9),
 }

@@ -7,6 +7,7 @@ under ``runs/``; the loop is in ``deq/training.py``, the equilibrium layer in ``
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from deq import checkpoint
-from deq.command import launch, pick_device, resume_hint, validate
+from deq.command import launch, pick_device, resume_hint, try_solvers, validate
 from deq.data import Batches
 from deq.display import Display
-from deq.errors import values_of_the_user
+from deq.errors import UserError, values_of_the_user
 from deq.files import shown
+from deq.gradients import Implicit
 from deq.interrupt import Interrupted
 from deq.tracking import Tracker
 from deq.training import Trainer, count_parameters
@@ -38,9 +40,11 @@ def main(config: DictConfig) -> float:
     device = pick_device(config.device)
     solver, gradient = instantiate(config.solver), instantiate(config.gradient)
     probe, logger = instantiate(config.probe), instantiate(config.logger)
+    adjoint = gradient.solver if isinstance(gradient, Implicit) else None
+    try_solvers({"solver": solver} | ({"adjoint": adjoint} if adjoint is not None else {}), device)
     state = None
     if config.resume is not None:
-        state, warnings = checkpoint.load(config.resume, plain)
+        state, warnings = checkpoint.load(str(config.resume), plain)
         for warning in warnings:
             display.warn(warning)
 
@@ -91,7 +95,8 @@ def main(config: DictConfig) -> float:
     try:
         summary = trainer.run()
     except BaseException as error:
-        tracker.finish(trainer.summary(), failed=True)
+        with contextlib.suppress(UserError):  # a disk that is full has been told of
+            tracker.finish(trainer.summary(), failed=True)
         if isinstance(error, Interrupted):
             display.say(f"stopped by {error} at step {trainer.position.step}; go on with:\n  {resume_hint(folder)}")
         raise

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deq.errors import UserError
+from deq.errors import UserError, in_yaml
 from deq.layer import DEQ
 from deq.models import EquilibriumClassifier
 from deq.solvers import Forward, Solution, Solver
@@ -63,7 +63,7 @@ class SpeedupProbe:
         for name in ("max_iter", "repeats"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"probe.{name} must be an integer of at least 1, got {value!r}")
+                raise UserError(f"probe.{name} must be an integer of at least 1, got {in_yaml(value)}")
 
     @torch.no_grad()
     def compare(self, model: EquilibriumClassifier, images: Tensor) -> Comparison:

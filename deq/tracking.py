@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ import wandb
 from omegaconf import OmegaConf
 
 from deq import metrics
-from deq.errors import UserError, first_line
+from deq.errors import UserError, first_line, in_yaml, room_for
 from deq.files import shown, write_atomically
 from deq.machine import code_version, processor_name
 
@@ -46,14 +46,25 @@ class WandbOptions:
     mode: str = "auto"
     group: str | None = None
     name: str | None = None
-    tags: tuple[str, ...] = ()
+    tags: Sequence[str] = ()
     timeout: float = 30.0
 
     def __post_init__(self) -> None:
         if self.mode not in _MODES:
-            raise UserError(f"logger.mode must be one of {', '.join(_MODES)}, got {self.mode!r}")
-        if not self.timeout >= 1:
-            raise UserError(f"logger.timeout must be at least 1 second, got {self.timeout}")
+            raise UserError(f"logger.mode must be one of {', '.join(_MODES)}, got {in_yaml(self.mode)}")
+        timeout = self.timeout
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 1:
+            raise UserError(f"logger.timeout must be a number of at least 1, in seconds, got {in_yaml(timeout)}")
+        if not isinstance(self.project, str) or not self.project:
+            raise UserError(f"logger.project must be a text, such as anderson-deq, got {in_yaml(self.project)}")
+        for knob in ("group", "name"):
+            value = getattr(self, knob)
+            if value is not None and not isinstance(value, str):
+                raise UserError(
+                    f"logger.{knob} must be a text or null, got {in_yaml(value)}; quote it: logger.{knob}='\"{value}\"'"
+                )
+        if isinstance(self.tags, str) or not isinstance(self.tags, Sequence):
+            raise UserError(f"logger.tags must be a list, such as [first,second], got {in_yaml(self.tags)}")
 
 
 class Tracker:
@@ -66,7 +77,8 @@ class Tracker:
         options: W&B's; mode ``disabled`` leaves the files alone.
         group, tags: of this run, for W&B.
 
-    Only file errors reach the caller; anything that W&B does wrong becomes one warning, and the run goes on.
+    Only files that cannot be written reach the caller, as UserError; anything that W&B does wrong becomes one warning,
+    and the run goes on.
     """
 
     def __init__(
@@ -82,7 +94,6 @@ class Tracker:
         self.folder = folder
         self.rows: list[Row] = []
         about = environment()
-        folder.mkdir(parents=True, exist_ok=True)
         _write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
         _write_text(folder / "environment.json", json.dumps(about, indent=2))
         self._write_rows()
@@ -107,7 +118,8 @@ class Tracker:
         metrics.check(values)
         row: Row = {"step": step, "epoch": epoch, **values}
         self.rows.append(row)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.folder / "metrics.jsonl"
+        with room_for(path), path.open("a", encoding="utf-8") as file:
             file.write(_json(row) + "\n")
         if self._wandb is not None:
             self._wandb.log(row)
@@ -119,9 +131,11 @@ class Tracker:
             ValueError: for a name that is not in :mod:`deq.metrics`.
         """
         metrics.check(summary)
-        _write_text(self.folder / "summary.json", _json(summary, indent=2) + "\n")
-        if self._wandb is not None:
-            self._wandb.finish(summary, failed)
+        try:
+            _write_text(self.folder / "summary.json", _json(summary, indent=2) + "\n")
+        finally:
+            if self._wandb is not None:
+                self._wandb.finish(summary, failed)
 
     @property
     def wandb_note(self) -> str | None:
@@ -156,7 +170,7 @@ class _Wandb:
                 project=options.project,
                 name=options.name or folder.name,
                 group=options.group or group,
-                tags=sorted({*options.tags, *tags}),
+                tags=sorted({*map(str, options.tags), *tags}),
                 config=config,
                 dir=str(folder),
                 mode=mode,  # type: ignore[arg-type]  # one of W&B's own words, checked in WandbOptions
@@ -246,4 +260,5 @@ def _json(values: Mapping[str, Any], indent: int | None = None) -> str:
 
 
 def _write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
+    with room_for(path):
+        write_atomically(path, lambda file: file.write(text.encode()))

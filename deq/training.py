@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from deq.data import Batches
 from deq.display import Display
-from deq.errors import UserError
+from deq.errors import UserError, first_line
 from deq.gradients import Implicit
 from deq.interrupt import Interrupted, SignalWatch
 from deq.models import EquilibriumClassifier
@@ -56,7 +56,7 @@ class Trainer:
         schedule: name in :data:`SCHEDULES`. precision: name in :data:`PRECISIONS`.
         compile: compile the cell with ``torch.compile``.
         log_every: steps of an epoch between rows; an epoch's end always writes one.
-        probe: compares the run's solver with forward iteration at every evaluation.
+        probe: compares the run's solver with forward iteration at every evaluation; None leaves that out.
         tracker, display: where results go. save: called with the state at every epoch's end and at a signal.
     """
 
@@ -72,7 +72,7 @@ class Trainer:
         precision: str,
         compile: bool,
         log_every: int,
-        probe: SpeedupProbe,
+        probe: SpeedupProbe | None,
         tracker: Tracker,
         display: Display,
         save: Callable[[dict[str, Any]], None],
@@ -189,12 +189,13 @@ class Trainer:
         position = self.position
         self.display.doing("evaluation")
         measured: dict[str, float] = self._evaluate(signals)
-        self.display.doing("probe")
-        images, _ = next(self.batches.test())
-        with self._autocast():
-            self.comparison = self.probe.compare(self.model, images)
-        measured |= self.comparison.metrics()
-        signals.raise_if_noted()
+        if self.probe is not None:
+            self.display.doing("probe")
+            images, _ = next(self.batches.test())
+            with self._autocast():
+                self.comparison = self.probe.compare(self.model, images)
+            measured |= self.comparison.metrics()
+            signals.raise_if_noted()
         position.elapsed_s = self._elapsed()
         position.evaluated_step = position.step
         self._log(measured)
@@ -267,8 +268,17 @@ class Trainer:
         """Take back what :meth:`state` gave.
 
         Raises:
-            UserError: it is of a step that this run would never come to.
+            UserError: it is of a step that this run would never come to, or something is missing in it.
         """
+        try:
+            self._restore(state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"the checkpoint does not fit this version's train.py ({type(error).__name__}: {first_line(error)}); "
+                f"leave resume out to start anew"
+            ) from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
         if state["position"]["step"] > self.total_steps:
             raise UserError(
                 f"the checkpoint is at step {state['position']['step']}, but epochs and max_steps allow only "

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parent.parent
@@ -26,14 +27,15 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
 }
 
 
-def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def python(*arguments: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = ENVIRONMENT | variables
     return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
 
 
-def train(*overrides: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return python(str(ROOT / "train.py"), *overrides, folder=folder)
+def train(*overrides: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return python(str(ROOT / "train.py"), *overrides, folder=folder, **variables)
 
 
 def summary(folder: Path) -> dict[str, float]:
@@ -106,12 +108,19 @@ def test_help_is_a_page_with_every_knob_group_and_default(tmp_path: Path) -> Non
 MISTAKES = {
     "window=0": "window must be an integer of at least 1, got 0",
     "window=two": "window must be an integer of at least 1, got 'two'",
-    "beta=0": "beta must be above 0 and at most 1, got 0",
-    "beta=1.5": "beta must be above 0 and at most 1, got 1.5",
+    "beta=0": "beta must be a number above 0 and at most 1, got 0",
+    "beta=1.5": "beta must be a number above 0 and at most 1, got 1.5",
     "tol=-1": "tol must be a number above 0, such as 1e-2, got -1",
-    "adjoint.tol=-1": "adjoint: tol must be finite and at least 0, got -1",
+    "adjoint.tol=-1": "adjoint.tol must be a number above 0, such as 1e-2, got -1",
+    "adjoint.beta=a": "adjoint.beta must be a number above 0 and at most 1, got 'a'",
+    "tol=inf": "tol must be a number above 0, such as 1e-2, got inf",
+    "solver.ridge=a": "solver.ridge must be a number of at least 0 or null, got 'a'",
+    "solver.check_every=0": "solver.check_every must be an integer of at least 1, got 0",
+    "solver=null": "solver must be one of anderson, forward, got null; leave it out for the default",
+    "optim.optimizer=null": "optim.optimizer cannot be null",
+    "stop=median": "stop must be one of max, mean, got 'median'",
     "max_iter=0": "max_iter must be an integer of at least 1, got 0",
-    "regularization=none": "regularization must be one of",
+    "regularization=none": "regularization must be one of scaled, absolute, got 'none'",
     "solver=newton": "solver must be one of anderson, forward, got newton",
     "model=large": "model must be one of paper, small, got large",
     "windw=3": "there is no knob windw; did you mean window?",
@@ -119,11 +128,22 @@ MISTAKES = {
     "window": "cannot read 'window'; write KNOB=VALUE",
     "precision=fp8": "precision must be one of fp32, bf16, fp16, got 'fp8'",
     "device=tpu": "device must be auto, cpu, cuda or cuda:N, got tpu",
+    "device=null": "device must be auto, cpu, cuda or cuda:N, got null",
     "device=cuda:99": "device=cuda:99: torch sees",
     "resume=nowhere": "there is no file or folder nowhere",
+    "resume=3": "there is no file or folder 3",
+    "hydra.run.dir=/dev/null/run": "the run folder /dev/null/run cannot be made (Not a directory)",
     "data=image_folder": "data.root is not set; give data.root=DIR",
     "model.groups=7": "model.channels must be a multiple of model.groups=7",
+    "model.init_std=a": "model.init_std must be a number above 0, such as 0.01, got 'a'",
+    "model.init_std=nan": "model.init_std must be a number above 0, such as 0.01, got nan",
+    "model.channels=null": "model.channels must be an integer of at least 1, got null",
+    "data.augment=null": "data.augment must be one of none, crop, crop_flip, got null",
     "logger.mode=of": "logger.mode must be one of auto, online, offline, disabled, got 'of'",
+    "logger.timeout=a": "logger.timeout must be a number of at least 1, in seconds, got 'a'",
+    "logger.tags=a": "logger.tags must be a list, such as [first,second], got 'a'",
+    "logger.name=3": "logger.name must be a text or null, got 3",
+    "++solver.windw=1": "there is no knob solver.windw; did you mean solver.window?",
 }
 
 DRIVER = """
@@ -155,6 +175,44 @@ def test_a_mistake_is_told_in_one_sentence_before_any_work(tmp_path: Path) -> No
         assert shown.startswith("error: "), (override, shown)
         assert shown.count("\n") == 1, (override, shown)
         assert sentence in shown, (override, shown)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the kernels run on the device")
+@pytest.mark.parametrize("node", ["solver", "adjoint"])
+def test_a_backend_that_the_device_lacks_is_told_before_any_work(node: str, tmp_path: Path) -> None:
+    run = train(*TINY, f"{node}.backend=triton", folder=tmp_path, TRITON_INTERPRET="0")
+    assert run.returncode == 2
+    assert run.stderr.startswith(f"error: {node}.backend='triton' runs on a CUDA or ROCm device, got device 'cpu'")
+    assert run.stderr.count("\n") == 1
+    assert run.stdout == ""
+
+
+def test_a_run_without_the_probe_has_everything_but_the_speedup(tmp_path: Path) -> None:
+    run = train(*TINY, "probe=null", "hydra.run.dir=run", folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "speedup probe" not in run.stdout
+    assert summary(tmp_path / "run")["test/accuracy"] > 0
+    assert not [name for name in summary(tmp_path / "run") if name.startswith("speedup/")]
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import train
+from deq.command import launch
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)  # no file may be larger: a disk that is full
+launch(train.main, conf=Path(train.__file__).parent / "conf")
+"""
+
+
+@pytest.mark.parametrize(("size", "file"), [(100_000, "checkpoint.pt"), (100, "config.yaml")])
+def test_a_full_disk_is_told_in_one_sentence_and_leaves_no_half_file(size: int, file: str, tmp_path: Path) -> None:
+    run = python("-c", FULL_DISK, str(size), *TINY, "hydra.run.dir=run", "hydra.output_subdir=null", folder=tmp_path)
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.startswith("error: ")
+    assert f"run/{file} cannot be written (File too large); make room or give another hydra.run.dir" in run.stderr
+    assert run.stderr.count("\n") == 1
+    assert not list((tmp_path / "run").glob(".*.part"))
 
 
 def test_data_brings_its_default_model_and_an_explicit_one_wins(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_a_failing_wandb_is_one_warning_and_the_run_goes_on(
 def test_bad_options_are_refused() -> None:
     with pytest.raises(UserError, match=r"logger.mode must be one of auto, online, offline, disabled, got 'of'"):
         WandbOptions(mode="of")
-    with pytest.raises(UserError, match=r"logger.timeout must be at least 1 second, got 0"):
+    with pytest.raises(UserError, match=r"logger.timeout must be a number of at least 1, in seconds, got 0"):
         WandbOptions(timeout=0)
 
 

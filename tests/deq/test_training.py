@@ -189,6 +189,15 @@ def test_a_checkpoint_beyond_the_last_step_is_refused_instead_of_trained_on_for_
         shorter.restore(saved[-1])
 
 
+@pytest.mark.parametrize("key", ["position", "model", "rng"])
+def test_a_state_that_lacks_a_key_is_refused_in_a_sentence(key: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=1)
+    state = run.state()
+    del state[key]
+    with pytest.raises(UserError, match=rf"does not fit this version's train.py \(KeyError: '{key}'\)"):
+        run.restore(state)
+
+
 def test_learning_rate_follows_half_a_cosine_to_zero(tmp_path: Path) -> None:
     run = trainer(tmp_path, epochs=2, log_every=5)
     run.run()

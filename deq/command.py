@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_args
 
@@ -252,19 +252,35 @@ def _no_null_option(conf: Path) -> str:
 
 
 def _no_such_knob(name: str, conf: Path) -> str:
-    close = difflib.get_close_matches(name, _knobs(conf), n=1)
+    knobs = _knobs(conf)
+    if name in knobs:  # a knob of another option than the one chosen
+        return f"{name} is a knob of {' and '.join(sorted(knobs[name]))} alone"
+    inside = [knob for knob in sorted(knobs) if knob.endswith(f".{name}")]
+    close = inside or difflib.get_close_matches(name, knobs, n=1)
     hint = f"did you mean {close[0]}?" if close else "`python train.py --help` lists them"
     return f"there is no knob {name}; {hint}"
 
 
-def _knobs(conf: Path) -> set[str]:
-    """Every top-level knob, group and knob of a group that the config files name."""
-    knobs = {str(key) for key in _content(conf / "config.yaml")}
-    for file in conf.glob("*/*.yaml"):
+def _knobs(conf: Path) -> dict[str, set[str]]:
+    """Every knob and group that the config files name, with the options that have it: GROUP=OPTION."""
+    knobs: dict[str, set[str]] = {name: set() for name in _leaves(_content(conf / "config.yaml"))}
+    for file in conf.glob("[!h]*/*.yaml"):  # all but hydra's own
         group, content = file.parent.name, _content(file)
         own = content.get(group, content)  # data's files are written from the top level
-        knobs |= {group, *(f"{group}.{knob}" for knob in own)}
-    return {knob for knob in knobs if not knob.rpartition(".")[2].startswith(("_", "defaults"))}
+        for node in (group, "adjoint") if group == "solver" else (group,):
+            for name in ("", *(f".{knob}" for knob in _leaves(own))):
+                knobs.setdefault(node + name, set()).add(f"{group}={file.stem}")
+    return knobs
+
+
+def _leaves(content: dict[str, Any]) -> Iterator[str]:
+    """The dotted names of what a user may set in a config file."""
+    for name, value in content.items():
+        if name != "defaults" and not name.startswith("_"):
+            if not isinstance(value, dict):
+                yield name
+            elif name != "optimizer":  # wired to the group's own knobs
+                yield from (f"{name}.{leaf}" for leaf in _leaves(value))
 
 
 def _content(file: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -88,6 +89,29 @@ def test_sweep_of_eight_jobs_has_eight_folders_and_one_group(tmp_path: Path) -> 
         assert b"mine" in offline_run(job)
 
 
+def leaves_of_every_composition() -> dict[str, Any]:
+    """Knob → default, over what the groups' options bring; what only points to another knob is none of its own."""
+    found: dict[str, Any] = {}
+
+    def walk(node: Any, path: str) -> None:
+        for key in node:
+            name = f"{path}.{key}" if path else str(key)
+            value = node._get_node(key)
+            points = re.fullmatch(r"\$\{[a-z_.]+\}", str(value._value()))
+            # adjoint.KNOB is a line for all of the solver's.
+            if OmegaConf.is_dict(value):
+                walk(value, name)
+            elif not (str(key).startswith("_") or points or name.startswith("adjoint.")):
+                found.setdefault(name, value._value())
+
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        walk(hydra.compose("config"), "")
+        for group in (ROOT / "conf").iterdir():
+            for option in sorted(group.glob("*.yaml")) if group.name != "hydra" else ():
+                walk(hydra.compose("config", [f"{group.name}={option.stem}"]), "")
+    return found
+
+
 def test_help_is_a_page_with_every_knob_group_and_default(tmp_path: Path) -> None:
     run = train("--help", folder=tmp_path)
     assert run.returncode == 0
@@ -98,6 +122,12 @@ def test_help_is_a_page_with_every_knob_group_and_default(tmp_path: Path) -> Non
         if name not in ("defaults", "probe"):
             shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
             assert f"\n {name} {shown} " in page, name
+    for knob, value in leaves_of_every_composition().items():
+        shown = {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+        assert re.search(rf"^ {re.escape(knob)} ", page, re.MULTILINE), f"{knob} is not on the help page"
+        if not isinstance(value, str) or "$" not in value:  # a default that depends on the machine
+            line = re.findall(rf"^ {re.escape(knob)} (.*)", page, re.MULTILINE)[0]
+            assert re.search(rf"(^|[ (,]){re.escape(shown)}\b", line) or shown == "[]", (knob, shown, line)
     for folder in (ROOT / "conf").iterdir():
         if folder.is_dir() and folder.name != "hydra":
             (line,) = re.findall(rf"^ {folder.name} .*", page.split("Groups")[1], re.MULTILINE)

@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from deq import checkpoint
-from deq.command import launch, pick_device, resume_hint, try_solvers, validate
+from deq.command import claim, launch, pick_device, resume_hint, try_solvers, validate
 from deq.data import Batches
 from deq.display import Display
 from deq.errors import UserError, values_of_the_user
@@ -37,6 +37,7 @@ def main(config: DictConfig) -> float:
 
     # Everything a user can get wrong is looked at before any work.
     validate(config)
+    claim(folder, config.resume)
     device = pick_device(config.device)
     solver, gradient = instantiate(config.solver), instantiate(config.gradient)
     probe, logger = instantiate(config.probe), instantiate(config.logger)

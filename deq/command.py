@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import math
@@ -9,6 +10,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_args
@@ -27,6 +29,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError
 
+from deq import checkpoint
 from deq.errors import UserError, first_line, in_yaml, in_yaml_too
 from deq.files import shown
 from deq.interrupt import Interrupted
@@ -44,42 +47,83 @@ def launch(task: Task, conf: Path) -> None:
     """Let Hydra compose ``conf``/config.yaml with the command line and run ``task`` on it, once or as a sweep.
 
     A user's mistake ends in one sentence on standard error and exit status 2, a signal in 128 + its number; a
-    defect keeps its stack trace, as does everything with HYDRA_FULL_ERROR=1. In a sweep a failed job does not
-    keep the others from running.
+    defect keeps its stack trace, as does everything with HYDRA_FULL_ERROR=1. A command line that is refused leaves no
+    folder. In a sweep a failed job is told as it fails and does not keep the others from running; the exit status is
+    not 0 then.
     """
     OmegaConf.register_new_resolver("folder_name", _folder_name, replace=True)
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes exceptions on to this function as they are
 
-    composed = False
+    jobs: list[Path] = []  # folders of the jobs begun
+    failed: list[str] = []  # numbers of the jobs of a sweep that failed
 
     @functools.wraps(task)
     def job(config: DictConfig) -> Any:
-        nonlocal composed
-        composed = True
+        about = HydraConfig.get()
+        folder = Path(about.runtime.output_dir)
+        jobs.append(folder)
         try:
             return task(config)
         except Interrupted as interruption:
             sys.exit(128 + interruption.signum)
         except Exception as error:
             sentence = None if full_error else _explain(error, conf)
+            if about.mode == RunMode.MULTIRUN:
+                # Told now: Hydra goes on with the other jobs, and raises the first failure when all are done.
+                failed.append(str(about.job.num))
+                which = f"job {about.job.num} ({' '.join(about.overrides.task)})"
+                if sentence is None:
+                    traceback.print_exception(error)
+                _tell(f"{which}: {sentence or first_line(error)}")
+                raise _ToldError(_MISTAKE if sentence else 1) from error
             if sentence is None:
                 raise
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                raise UserError(sentence) from error  # Hydra goes on with the other jobs and raises it at the end
             _end(sentence)
+        finally:
+            _remove_if_empty(folder)
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf), config_name="config")(job)()
     except KeyboardInterrupt:
         sys.exit(130)
+    except _ToldError as error:
+        _remove_if_empty(jobs[0].parent, beside="multirun.yaml")
+        _tell(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}")
+        sys.exit(error.status)
     except Exception as error:
         sentence = None if full_error else _explain(error, conf)
-        if isinstance(error, OSError) and not composed and not full_error:  # Hydra makes the run's folder
+        if (
+            sentence is None and isinstance(error, OSError) and not jobs and not full_error
+        ):  # Hydra makes the run's folder
             sentence = f"the run folder {error.filename} cannot be made ({error.strerror}); give another hydra.run.dir"
         if sentence is None:
             raise
         _end(sentence)
+
+
+class _ToldError(Exception):
+    """A job of a sweep failed and that has been told; ``status`` is the exit status it asks for."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+def claim(folder: Path, resume: Any) -> None:
+    """See that no earlier run is written over: ``folder`` holds none, or the very one that ``resume`` goes on with.
+
+    Raises:
+        UserError: it does.
+    """
+    results = [folder / name for name in (checkpoint.FILE, "metrics.jsonl", "summary.json")]
+    if not any(file.is_file() and file.stat().st_size for file in results):
+        return
+    if resume is None or checkpoint.locate(str(resume)).resolve() != results[0].resolve():
+        raise UserError(
+            f"{shown(folder)} holds an earlier run; give another hydra.run.dir, delete that folder, or go on with "
+            f"its run: resume={shown(folder)}"
+        )
 
 
 def validate(config: DictConfig) -> None:
@@ -205,9 +249,28 @@ def _folder_name(overrides: str) -> str:
     return f"_{name[:120]}" if name else ""
 
 
+def _tell(sentence: str) -> None:
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+
+
 def _end(sentence: str) -> NoReturn:
-    print(f"error: {sentence}", file=sys.stderr)
+    _tell(sentence)
     sys.exit(_MISTAKE)
+
+
+def _remove_if_empty(folder: Path, beside: str | None = None) -> None:
+    """Take away a folder that Hydra made for a run that never began, and those above it that hold nothing else.
+
+    A file named ``beside`` counts as nothing.
+    """
+    with contextlib.suppress(OSError):  # the folder holds something
+        if beside is not None and [file.name for file in folder.iterdir()] == [beside]:
+            (folder / beside).unlink()
+        folder.rmdir()
+        for parent in folder.parents:
+            if parent == Path.cwd() or not parent.is_relative_to(Path.cwd()):
+                break
+            parent.rmdir()
 
 
 def _explain(error: BaseException, conf: Path) -> str | None:

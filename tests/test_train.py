@@ -161,7 +161,7 @@ MISTAKES = {
     "adjoint.windw=5": "there is no knob adjoint.windw; did you mean adjoint.window?",
     "window": "cannot read 'window'; write KNOB=VALUE",
     "precision=fp8": "precision must be one of fp32, bf16, fp16, got 'fp8'",
-    "device=tpu": "device must be auto, cpu, cuda or cuda:N, got tpu",
+    "device=tpu": "device must be auto, cpu, cuda or cuda:N, got 'tpu'",
     "device=null": "device must be auto, cpu, cuda or cuda:N, got null",
     "device=cuda:99": "device=cuda:99: torch sees",
     "resume=nowhere": "there is no file or folder nowhere",
@@ -211,6 +211,42 @@ def test_a_mistake_is_told_in_one_sentence_before_any_work(tmp_path: Path) -> No
         assert sentence in shown, (override, shown)
 
 
+def test_a_command_line_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
+    for overrides in (["window=0"], ["model.groups=7"], ["-m", "window=0,-1"]):
+        assert train(*TINY, *overrides, folder=tmp_path).returncode == 2
+        assert not list(tmp_path.iterdir()), overrides
+
+
+def test_a_folder_that_holds_a_run_is_refused_unless_that_run_goes_on(tmp_path: Path) -> None:
+    knobs = [*TINY, "probe=null", "optim.schedule=constant", "hydra.run.dir=run"]
+    first = train(*knobs, "max_steps=1", folder=tmp_path)
+    assert first.returncode == 0, first.stderr
+    before = {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    refused = train(*knobs, "max_steps=2", folder=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: run holds an earlier run; give another hydra.run.dir, delete that folder")
+    assert refused.stderr.endswith("go on with its run: resume=run\n")
+    assert {file: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+    resumed = train(*knobs, "max_steps=2", "resume=run", folder=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
+
+
+def test_a_failed_job_of_a_sweep_is_told_as_it_fails_and_the_others_run(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "-m", *TINY, "probe=null", "window=0,2", "hydra.sweep.dir=sweep"],
+        cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 2, run.stdout
+    failure, success = run.stdout.index("window must be an integer of at least 1, got 0"), run.stdout.index("accuracy")
+    assert failure < success
+    assert re.search(r"^error: job 0 \(.*window=0\): window must be", run.stdout, re.MULTILINE)
+    assert run.stdout.splitlines()[-1] == "error: 1 of 2 jobs failed: 0"
+    assert "Traceback" not in run.stdout
+    assert [file.parent.name[0] for file in (tmp_path / "sweep").glob("*/summary.json")] == ["1"]
+    assert len(list((tmp_path / "sweep").iterdir())) == 2  # the job's folder and multirun.yaml
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the kernels run on the device")
 @pytest.mark.parametrize("node", ["solver", "adjoint"])
 def test_a_backend_that_the_device_lacks_is_told_before_any_work(node: str, tmp_path: Path) -> None:
@@ -241,7 +277,7 @@ launch(train.main, conf=Path(train.__file__).parent / "conf")
 
 @pytest.mark.parametrize(("size", "file"), [(100_000, "checkpoint.pt"), (100, "config.yaml")])
 def test_a_full_disk_is_told_in_one_sentence_and_leaves_no_half_file(size: int, file: str, tmp_path: Path) -> None:
-    run = python("-c", FULL_DISK, str(size), *TINY, "hydra.run.dir=run", "hydra.output_subdir=null", folder=tmp_path)
+    run = python("-c", FULL_DISK, str(size), *TINY, "hydra.run.dir=run", folder=tmp_path)
     assert run.returncode == 2, run.stderr
     assert run.stderr.startswith("error: ")
     assert f"run/{file} cannot be written (File too large); make room or give another hydra.run.dir" in run.stderr

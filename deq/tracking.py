@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import wandb
 from omegaconf import OmegaConf
 
 from deq import metrics
@@ -26,6 +25,15 @@ Result = TypeVar("Result")
 Row = dict[str, float]
 
 _MODES = ("auto", "online", "offline", "disabled")
+_WANDB_MODES = {
+    "online": "online",
+    "run": "online",
+    "shared": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
+"""What W&B takes in WANDB_MODE → what that is here."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +105,10 @@ class Tracker:
         _write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
         _write_text(folder / "environment.json", json.dumps(about, indent=2))
         self._write_rows()
+        mode = _wanted_mode(options, warn)
         self._wandb = None
-        if options.mode != "disabled":
-            self._wandb = _Wandb(options, folder, {**config, **about}, group=group, tags=tags, warn=warn)
+        if mode != "disabled":
+            self._wandb = _Wandb(options, mode, folder, {**config, **about}, group=group, tags=tags, warn=warn)
 
     def restore(self, rows: list[Row]) -> None:
         """Begin with the rows of the run that is resumed, so that file and charts are whole."""
@@ -146,12 +155,28 @@ class Tracker:
         _write_text(self.folder / "metrics.jsonl", "".join(_json(row) + "\n" for row in self.rows))
 
 
+def _wanted_mode(options: WandbOptions, warn: Callable[[str], None]) -> str:
+    """One of :data:`_MODES`: the knob's, and where that is auto, WANDB_MODE's."""
+    variable = os.environ.get("WANDB_MODE")
+    if variable is None or not variable.strip():
+        os.environ.pop("WANDB_MODE", None)
+        return options.mode
+    known = _WANDB_MODES.get(variable.strip().lower())
+    if known is None and options.mode == "auto":
+        warn(f"WANDB_MODE must be online, offline or disabled, got {variable!r}; this run is kept offline")
+    if variable not in _WANDB_MODES:
+        # W&B does not start where the variable holds what it does not know, even if it is told the mode.
+        os.environ["WANDB_MODE"] = known or "offline"
+    return (known or "offline") if options.mode == "auto" else options.mode
+
+
 class _Wandb:
     """A W&B run that gives up, with one warning, at the first thing that goes wrong."""
 
     def __init__(
         self,
         options: WandbOptions,
+        wanted: str,
         folder: Path,
         config: dict[str, Any],
         *,
@@ -165,7 +190,13 @@ class _Wandb:
         self.note: str | None = None
 
         def start() -> tuple[Any, str]:
-            mode = self._mode(options)
+            import wandb  # here, since it is slow to import and need not be installed
+
+            mode = "offline"
+            if wanted != "offline" and wandb.login(prompt=False, verify=False):
+                mode = "online"
+            elif wanted == "online":
+                warn("W&B: online needs a login (run `wandb login` once); this run is kept offline")
             run = wandb.init(
                 project=options.project,
                 name=options.name or folder.name,
@@ -192,21 +223,14 @@ class _Wandb:
 
     def finish(self, summary: Mapping[str, float], failed: bool) -> None:
         def close() -> None:
+            import wandb
+
             self._run.summary.update(dict(summary))
             self._run.finish(exit_code=int(failed))
+            # finish() only tells W&B's own process to close the offline file; the end of that process is waited for.
+            wandb.teardown(exit_code=int(failed))
 
         self._try("finish", close)
-
-    def _mode(self, options: WandbOptions) -> str:
-        """online or offline, decided without a prompt and without a network."""
-        asked = options.mode if options.mode != "auto" else os.environ.get("WANDB_MODE", "")
-        if asked in ("offline", "disabled"):
-            return asked
-        if wandb.login(prompt=False, verify=False):
-            return "online"
-        if asked == "online":
-            self._warn("W&B: online needs a login (run `wandb login` once); this run is kept offline")
-        return "offline"
 
     def _try(self, what: str, call: Callable[[], Result]) -> Result | None:
         """The call's result, or None after one warning if it raised or took too long. Silent once given up."""

@@ -8,8 +8,12 @@ under ``runs/``; the loop is in ``deq/training.py``, the equilibrium layer in ``
 from __future__ import annotations
 
 import contextlib
+import signal
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports just ends the process, without a trace
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -20,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from deq import checkpoint
 from deq.command import claim, launch, pick_device, resume_hint, try_solvers, validate
 from deq.data import Batches
-from deq.display import Display
+from deq.display import Display, described
 from deq.errors import UserError, values_of_the_user
 from deq.files import shown
 from deq.gradients import Implicit
@@ -91,7 +95,7 @@ def main(config: DictConfig) -> float:
         trainer.restore(state)
     display.say(
         f"{choices.model} model, {count_parameters(model):,} parameters · {choices.data}, {len(data.train):,} + "
-        f"{len(data.test):,} images · {device}\n{solver}"
+        f"{len(data.test):,} images · {device}\n{described(solver)}"
     )
     try:
         summary = trainer.run()

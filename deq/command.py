@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -52,6 +53,8 @@ def launch(task: Task, conf: Path) -> None:
     not 0 then.
     """
     OmegaConf.register_new_resolver("folder_name", _folder_name, replace=True)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as train.py had it for its imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes exceptions on to this function as they are
 

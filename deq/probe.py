@@ -19,11 +19,13 @@ from deq.statistics import stopping_residual
 
 @dataclass(frozen=True)
 class Reading:
-    """One solver on the probe's batch. ``seconds`` is None where the solve did not get to tol."""
+    """One solver on the probe's batch. ``seconds`` is the median of the repeats, ``spread`` the least and the most;
+    both are None where the solve did not get to tol."""
 
     evaluations: int
     residual: float
     seconds: float | None
+    spread: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class _Timed:
             evaluations=self._solution.evaluations,
             residual=self._residual,
             seconds=statistics.median(self._seconds) if self._seconds else None,
+            spread=(min(self._seconds), max(self._seconds)) if self._seconds else None,
         )
 
 

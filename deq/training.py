@@ -179,9 +179,11 @@ class Trainer:
             loss = functional.cross_entropy(logits.float(), labels)
         self.optimizer.zero_grad(set_to_none=True)
         self._scaler.scale(loss).backward()
+        scale = self._scaler.get_scale()
         self._scaler.step(self.optimizer)
         self._scaler.update()
-        self._schedule.step()
+        if self._scaler.get_scale() >= scale:  # it falls where gradients overflowed and the optimizer did not step
+            self._schedule.step()
         self.since_row.add(loss, logits, labels, self.model.deq, self._adjoint_solver)
 
     def _close_epoch(self, signals: SignalWatch) -> None:

@@ -223,10 +223,44 @@ def test_fp16_steps_that_overflow_are_skipped_by_the_scaler_and_training_goes_on
 
     run.model.register_forward_hook(overflow)
     assert run.run()["train/loss"] < 10
+    assert run._scaler.get_scale() == 2.0**15  # halved, once
     assert all(torch.isfinite(value).all() for value in run.model.state_dict().values())
 
 
-def test_bf16_trains(tmp_path: Path) -> None:
-    summary = trainer(tmp_path, precision="bf16", epochs=4, augment="none").run()
-    assert summary["train/loss"] < 2.3
-    assert summary["test/accuracy"] > 0.2
+def test_the_learning_rate_waits_where_the_scaler_skips_a_step(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    run = trainer(tmp_path, precision="fp16", epochs=1, log_every=5)
+
+    def overflow(module: torch.nn.Module, args: Any, logits: Tensor) -> Tensor | None:
+        return logits * float("inf") if run.position.step == 0 else None
+
+    run.model.register_forward_hook(overflow)
+    run.run()
+    assert run.position.step == 5
+    assert run._schedule.last_epoch == 4
+    (state,) = {int(state["step"]) for state in run.optimizer.state.values()}
+    assert state == 4
+    assert not [str(warning.message) for warning in recwarn if "lr_scheduler" in str(warning.message)]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_half_precision_trains_as_fp32_does(precision: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    reference = trainer(tmp_path / "fp32", epochs=4, augment="none").run()
+    run = trainer(tmp_path / "half", precision=precision, epochs=4, augment="none")
+    seen: set[tuple[str, torch.dtype]] = set()
+
+    def note(module: torch.nn.Module, args: Any, output: Tensor) -> None:
+        seen.add((type(module).__name__, output.dtype))
+
+    for module in (*run.model.deq.cell.modules(), run.model.deq):  # type: ignore[union-attr]
+        module.register_forward_hook(note)
+    summary = run.run()
+    # The cell's products are in half precision, the equilibrium is not.
+    assert ("Conv2d", dtype) in seen
+    assert {kind for kind in seen if kind[0] == "DEQ"} == {("DEQ", torch.float32)}
+    assert all(value.dtype != dtype for value in run.model.state_dict().values())
+    assert summary["train/loss"] == pytest.approx(reference["train/loss"], rel=0.02)
+    assert summary["test/accuracy"] == pytest.approx(reference["test/accuracy"], abs=0.1)
+    assert summary["solver/forward_evaluations"] == pytest.approx(reference["solver/forward_evaluations"], rel=0.1)
+    assert summary["solver/unconverged_fraction"] <= reference["solver/unconverged_fraction"] + 0.05

@@ -109,6 +109,10 @@ class Display:
             f"forward {number('solver/forward_evaluations')} · backward {number('solver/backward_evaluations')} "
             f"a solve, mean",
         )
+        sides = ("forward", "backward")
+        if any(summary.get(f"solver/{s}_sample_evaluations") != summary.get(f"solver/{s}_evaluations") for s in sides):
+            each = " · ".join(f"{side} {number(f'solver/{side}_sample_evaluations')}" for side in sides)
+            table.add_row("  of each sample", f"{each} a solve, mean")
         table.add_row(
             "unconverged",
             f"forward {percent('solver/forward_unconverged_fraction')} · "

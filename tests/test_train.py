@@ -366,6 +366,7 @@ def test_ctrl_c_while_torch_is_imported_ends_without_a_trace(tmp_path: Path) -> 
         [sys.executable, str(ROOT / "train.py")],
         cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
     assert run.stdout is not None
     assert run.stdout.readline() == "importing\n"

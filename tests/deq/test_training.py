@@ -20,7 +20,7 @@ from deq.interrupt import Interrupted
 from deq.metrics import NAMES
 from deq.models import EquilibriumClassifier
 from deq.probe import SpeedupProbe
-from deq.solvers import Anderson
+from deq.solvers import Anderson, Solver
 from deq.tracking import Tracker, WandbOptions
 from deq.training import Trainer
 
@@ -56,6 +56,7 @@ class StopsAt(Batches):
 def trainer(
     folder: Path,
     *,
+    solver: Solver = SOLVER,
     gradient: Gradient | None = None,
     batches: Batches | None = None,
     saved: list[dict[str, Any]] | None = None,
@@ -65,7 +66,7 @@ def trainer(
     torch.manual_seed(0)
     batches = batches or Batches(digits(augment=augment, train_size=160, test_size=64), 32, seed=0)
     model = EquilibriumClassifier(
-        1, 8, 10, solver=SOLVER, gradient=gradient or Implicit(solver=SOLVER), channels=8, inner=8, groups=4, pool=4
+        1, 8, 10, solver=solver, gradient=gradient or Implicit(solver=solver), channels=8, inner=8, groups=4, pool=4
     )
     given: dict[str, Any] = {
         "epochs": 3, "max_steps": None, "schedule": "cosine", "precision": "fp32", "compile": False, "log_every": 2
@@ -159,6 +160,24 @@ def test_unconverged_fraction_pools_both_solves(tmp_path: Path) -> None:
     assert summary["solver/backward_evaluations"] == 2.0
     forward = summary["solver/forward_unconverged_fraction"]
     assert summary["solver/unconverged_fraction"] == pytest.approx((forward + 1) / 2)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_sample_takes_part_in_fewer_evaluations_only_where_the_solver_compacts(compact: bool, tmp_path: Path) -> None:
+    solver = Anderson(window=3, tol=1e-3, max_iter=30, compact=compact)
+    run = trainer(tmp_path, solver=solver, gradient=Implicit(solver=solver), epochs=1)
+    summary = run.run()
+    forward, backward = (
+        (summary[f"solver/{side}_sample_evaluations"], summary[f"solver/{side}_evaluations"])
+        for side in ("forward", "backward")
+    )
+    if compact:
+        assert 1 < forward[0] < forward[1]
+        assert backward[0] > 1
+    else:
+        assert forward[0] == pytest.approx(forward[1])
+        assert backward[0] == pytest.approx(backward[1])
+    assert all("solver/forward_sample_evaluations" in row for row in run.tracker.rows)
 
 
 def test_no_backward_names_without_a_backward_solve(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from deq.compiling import compile_cell
 from deq.data import Batches
 from deq.display import Display
 from deq.errors import UserError, first_line
@@ -93,14 +94,9 @@ class Trainer:
         # float16 has too few exponent bits for small gradients; the scaler does nothing for the others.
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         if compile:
-            # The adjoint solve asks for many products with one recorded evaluation of the cell, so that
-            # the compiler must not reuse that evaluation's buffers during the first of them.
-            import torch._functorch.config as functorch_config
-
-            functorch_config.donated_buffer = False
             cell = model.deq.cell
             assert isinstance(cell, nn.Module)
-            cell.compile()
+            compile_cell(cell)
 
     @property
     def _adjoint_solver(self) -> Solver | None:

@@ -104,7 +104,9 @@ class Tracker:
         about = environment()
         _write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
         _write_text(folder / "environment.json", json.dumps(about, indent=2))
-        self._write_rows()
+        with room_for(folder):
+            # Rows that are there stay until restore() has theirs: a run may go on in its own folder, or be refused.
+            (folder / "metrics.jsonl").touch()
         mode = _wanted_mode(options, warn)
         self._wandb = None
         if mode != "disabled":

@@ -78,6 +78,16 @@ def test_a_resumed_run_begins_with_the_rows_of_the_first(tmp_path: Path) -> None
     assert [row["step"] for row in rows(tmp_path / "second")] == [1, 2]
 
 
+def test_a_run_that_goes_on_in_its_own_folder_keeps_its_rows_until_they_are_restored(tmp_path: Path) -> None:
+    first = tracker(tmp_path)
+    first.log(1, 1, {"train/loss": 2.0})
+    second = tracker(tmp_path)
+    assert [row["step"] for row in rows(tmp_path)] == [1]
+    second.restore(first.rows)
+    second.log(2, 1, {"train/loss": 1.0})
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+
+
 def test_offline_is_the_default_and_needs_no_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wandb, "login", lambda **_: False)
     monkeypatch.delenv("WANDB_MODE", raising=False)

@@ -7,8 +7,13 @@ under ``runs/``; the loop is in ``deq/training.py``, the equilibrium layer in ``
 
 from __future__ import annotations
 
+import contextlib
+import signal
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports just ends the process, without a trace
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -17,11 +22,20 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from deq import checkpoint
-from deq.command import launch, pick_device, refuse_graphs_without_device, resume_hint, validate
+from deq.command import (
+    claim,
+    launch,
+    pick_device,
+    refuse_graphs_without_device,
+    resume_hint,
+    try_solvers,
+    validate,
+)
 from deq.data import Batches
-from deq.display import Display
-from deq.errors import values_of_the_user
+from deq.display import Display, described
+from deq.errors import UserError, values_of_the_user
 from deq.files import shown
+from deq.gradients import Implicit
 from deq.interrupt import Interrupted
 from deq.tracking import Tracker
 from deq.training import Trainer, count_parameters
@@ -35,13 +49,16 @@ def main(config: DictConfig) -> float:
 
     # Everything a user can get wrong is looked at before any work.
     validate(config)
+    claim(folder, config.resume)
     device = pick_device(config.device)
     refuse_graphs_without_device(config.cuda_graph, device)
     solver, gradient = instantiate(config.solver), instantiate(config.gradient)
     probe, logger = instantiate(config.probe), instantiate(config.logger)
+    adjoint = gradient.solver if isinstance(gradient, Implicit) else None
+    try_solvers({"solver": solver} | ({"adjoint": adjoint} if adjoint is not None else {}), device)
     state = None
     if config.resume is not None:
-        state, warnings = checkpoint.load(config.resume, plain)
+        state, warnings = checkpoint.load(str(config.resume), plain)
         for warning in warnings:
             display.warn(warning)
 
@@ -87,12 +104,13 @@ def main(config: DictConfig) -> float:
         trainer.restore(state)
     display.say(
         f"{choices.model} model, {count_parameters(model):,} parameters · {choices.data}, {len(data.train):,} + "
-        f"{len(data.test):,} images · {device}\n{solver}"
+        f"{len(data.test):,} images · {device}\n{described(solver)}"
     )
     try:
         summary = trainer.run()
     except BaseException as error:
-        tracker.finish(trainer.summary(), failed=True)
+        with contextlib.suppress(UserError):  # a disk that is full has been told of
+            tracker.finish(trainer.summary(), failed=True)
         if isinstance(error, Interrupted):
             display.say(f"stopped by {error} at step {trainer.position.step}; go on with:\n  {resume_hint(folder)}")
         raise

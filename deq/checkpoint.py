@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from deq.errors import UserError
+from deq.errors import UserError, room_for
 from deq.files import write_atomically
 
 FILE = "checkpoint.pt"
-_FORMAT = 1
+_FORMAT = 2
 
 # What may differ between a checkpoint and the run that goes on from it without a word …
 _FREE = ("resume", "logger", "device", "probe", "data.root", "data.cache_dir", "solver.backend", "adjoint.backend")
@@ -21,9 +21,24 @@ _WARNED = ("epochs", "max_steps")
 
 
 def save(path: Path, state: dict[str, Any], config: dict[str, Any]) -> None:
-    """Write ``state`` (tensors, numbers, strings, lists, dicts) and the run's resolved config, atomically."""
+    """Write ``state`` (tensors, numbers, strings, lists, dicts) and the run's resolved config, atomically.
+
+    Raises:
+        UserError: the file cannot be written; the previous one is then whole.
+    """
     content = {"format": _FORMAT, "config": config, "state": state}
-    write_atomically(path, lambda file: torch.save(content, file))
+
+    def write(file: BinaryIO) -> None:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            # A full disk, which torch covers with a complaint about its own archive.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+    with room_for(path):
+        write_atomically(path, write)
 
 
 def locate(resume: str | Path) -> Path:
@@ -53,7 +68,10 @@ def load(resume: str | Path, config: dict[str, Any]) -> tuple[dict[str, Any], li
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(f"resume={resume}: {file} is not a readable checkpoint of train.py") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+    whole = (
+        isinstance(content, dict) and isinstance(content.get("config"), dict) and isinstance(content.get("state"), dict)
+    )
+    if not whole or content.get("format") != _FORMAT:
         raise UserError(f"resume={resume}: {file} was not written by this version's train.py")
     warnings = []
     for key, then, now in _differences(content["config"], config):

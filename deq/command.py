@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
+import math
 import os
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn, get_args
 
 import hydra
 import torch
@@ -26,11 +30,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError
 
-from deq.errors import UserError, first_line, values_of_the_user
+from deq import checkpoint
+from deq.errors import UserError, first_line, in_yaml, in_yaml_too
 from deq.files import shown
 from deq.interrupt import Interrupted
-from deq.solvers import Anderson
+from deq.solvers import Solver
+from deq.solvers.base import Stop
 from deq.training import PRECISIONS, SCHEDULES
+from kernels import BackendName, Regularization
 
 _MISTAKE = 2  # exit status, the shell's convention for a wrong command line
 
@@ -41,84 +48,180 @@ def launch(task: Task, conf: Path) -> None:
     """Let Hydra compose ``conf``/config.yaml with the command line and run ``task`` on it, once or as a sweep.
 
     A user's mistake ends in one sentence on standard error and exit status 2, a signal in 128 + its number; a
-    defect keeps its stack trace, as does everything with HYDRA_FULL_ERROR=1. In a sweep a failed job does not
-    keep the others from running.
+    defect keeps its stack trace, as does everything with HYDRA_FULL_ERROR=1. A command line that is refused leaves no
+    folder. In a sweep a failed job is told as it fails and does not keep the others from running; the exit status is
+    not 0 then.
     """
     OmegaConf.register_new_resolver("folder_name", _folder_name, replace=True)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as train.py had it for its imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes exceptions on to this function as they are
 
+    jobs: list[Path] = []  # folders of the jobs begun
+    failed: list[str] = []  # numbers of the jobs of a sweep that failed
+
     @functools.wraps(task)
     def job(config: DictConfig) -> Any:
+        about = HydraConfig.get()
+        folder = Path(about.runtime.output_dir)
+        jobs.append(folder)
         try:
             return task(config)
         except Interrupted as interruption:
             sys.exit(128 + interruption.signum)
         except Exception as error:
             sentence = None if full_error else _explain(error, conf)
+            if about.mode == RunMode.MULTIRUN:
+                # Told now: Hydra goes on with the other jobs, and raises the first failure when all are done.
+                failed.append(str(about.job.num))
+                which = f"job {about.job.num} ({' '.join(about.overrides.task)})"
+                if sentence is None:
+                    traceback.print_exception(error)
+                _tell(f"{which}: {sentence or first_line(error)}")
+                raise _ToldError(_MISTAKE if sentence else 1) from error
             if sentence is None:
                 raise
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                raise UserError(sentence) from error  # Hydra goes on with the other jobs and raises it at the end
             _end(sentence)
+        finally:
+            _remove_if_empty(folder)
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf), config_name="config")(job)()
     except KeyboardInterrupt:
         sys.exit(130)
+    except _ToldError as error:
+        _remove_if_empty(jobs[0].parent, beside="multirun.yaml")
+        _tell(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}")
+        sys.exit(error.status)
     except Exception as error:
         sentence = None if full_error else _explain(error, conf)
+        if (
+            sentence is None and isinstance(error, OSError) and not jobs and not full_error
+        ):  # Hydra makes the run's folder
+            sentence = f"the run folder {error.filename} cannot be made ({error.strerror}); give another hydra.run.dir"
         if sentence is None:
             raise
         _end(sentence)
 
 
+class _ToldError(Exception):
+    """A job of a sweep failed and that has been told; ``status`` is the exit status it asks for."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+def claim(folder: Path, resume: Any) -> None:
+    """See that no earlier run is written over: ``folder`` holds none, or the very one that ``resume`` goes on with.
+
+    Raises:
+        UserError: it does.
+    """
+    results = [folder / name for name in (checkpoint.FILE, "metrics.jsonl", "summary.json")]
+    if not any(file.is_file() and file.stat().st_size for file in results):
+        return
+    if resume is None or checkpoint.locate(str(resume)).resolve() != results[0].resolve():
+        raise UserError(
+            f"{shown(folder)} holds an earlier run; give another hydra.run.dir, delete that folder, or go on with "
+            f"its run: resume={shown(folder)}"
+        )
+
+
 def validate(config: DictConfig) -> None:
-    """Check the knobs at the top level; groups check their own when they are instantiated.
+    """Check the knobs at the top level and those of both solvers; the other groups check their own when they are built.
 
     Raises:
         UserError: one sentence with value, limit and fix.
     """
-
-    def check(name: str, kind: type, fits: Callable[[Any], bool], limit: str) -> None:
-        value = OmegaConf.select(config, name)
-        good_type = isinstance(value, kind) or (kind is float and isinstance(value, int))
-        if not good_type or (isinstance(value, bool) and kind is not bool) or not fits(value):
-            raise UserError(f"{name} must be {limit}, got {'null' if value is None else repr(value)}")
-
-    def anything(_: Any) -> bool:
-        return True
-
-    for name in ("window", "max_iter", "epochs", "batch_size", "log_every"):
-        check(name, int, lambda value: value >= 1, "an integer of at least 1")
-    check("seed", int, lambda value: 0 <= value < 2**31, "an integer from 0 to 2147483647")
-    if config.max_steps is not None:
-        check("max_steps", int, lambda value: value >= 1, "an integer of at least 1, or null for no limit")
-    check("beta", float, anything, "a number above 0 and at most 1")
-    check("tol", float, lambda value: value > 0, "a number above 0, such as 1e-2")
-    check("compile", bool, anything, "true or false")
-    check("compact", bool, anything, "true or false")
-    check("cuda_graph", bool, anything, "true or false")
+    for name in _TOP_LEVEL:
+        _check(config, name, name)
     if config.cuda_graph and config.compact:
         raise UserError("cuda_graph=true cannot replay evaluations that shrink: choose it or compact=true")
-    check("precision", str, lambda value: value in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
-    check("optim.schedule", str, lambda value: value in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
-    check("optim.lr", float, lambda value: value > 0, "a number above 0, such as 1e-3")
-    check("optim.weight_decay", float, lambda value: value >= 0, "a number of at least 0")
-    # The solver's own rules, checked for every solver: a window that forward iteration does not read is still no
-    # window, and a sweep over both solvers should not fail halfway.
-    with values_of_the_user():
-        Anderson(
-            window=config.window,
-            beta=config.beta,
-            tol=config.tol,
-            max_iter=config.max_iter,
-            stop=config.stop,
-            regularization=config.regularization,
-        )
+    for node in ("solver", "adjoint", "gradient", "data", "model", "optim", "optim.optimizer", "logger"):
+        group = OmegaConf.select(config, node)
+        if group is None and node == "adjoint":
+            continue  # the backward solve then takes the forward one's solver
+        if not isinstance(group, DictConfig):
+            raise UserError(f"{node} cannot be {in_yaml(group)}; leave it out for the default")
+        for knob in group if node in ("solver", "adjoint") else ():
+            if knob in _LIMITS:
+                _check(config, f"{node}.{knob}", str(knob))
 
 
-def pick_device(name: str) -> torch.device:
+class _Limit(NamedTuple):
+    """What a knob takes."""
+
+    kinds: tuple[type, ...]
+    fits: Callable[[Any], bool]
+    words: str
+    null: bool = False
+
+
+def _one_of(*options: str) -> _Limit:
+    return _Limit((str,), options.__contains__, f"one of {', '.join(options)}")
+
+
+_INT, _NUMBER = (int,), (int, float)
+_COUNT = _Limit(_INT, lambda value: value >= 1, "an integer of at least 1")
+_FLAG = _Limit((bool,), lambda _: True, "true or false")
+
+# The library has the same rules for its arguments and speaks Python; these speak of knobs, before any work.
+_LIMITS = {
+    "window": _COUNT,
+    "beta": _Limit(_NUMBER, lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
+    "tol": _Limit(_NUMBER, lambda value: 0 < value < math.inf, "a number above 0, such as 1e-2"),
+    "max_iter": _COUNT,
+    "stop": _one_of(*get_args(Stop)),
+    "compact": _FLAG,
+    "check_every": _COUNT,
+    "cuda_graph": _FLAG,
+    "memory": _COUNT,
+    "history_dtype": _one_of("bfloat16")._replace(null=True),
+    "regularization": _one_of(*get_args(Regularization)),
+    "ridge": _Limit(_NUMBER, lambda value: 0 <= value < math.inf, "a number of at least 0", null=True),
+    "backend": _one_of(*get_args(BackendName)),
+    "seed": _Limit(_INT, lambda value: 0 <= value < 2**31, "an integer from 0 to 2147483647"),
+    "epochs": _COUNT,
+    "max_steps": _COUNT._replace(null=True),
+    "batch_size": _COUNT,
+    "precision": _one_of(*PRECISIONS),
+    "compile": _FLAG,
+    "log_every": _COUNT,
+    "optim.lr": _Limit(_NUMBER, lambda value: 0 < value < math.inf, "a number above 0, such as 1e-3"),
+    "optim.weight_decay": _Limit(_NUMBER, lambda value: 0 <= value < math.inf, "a number of at least 0"),
+    "optim.schedule": _one_of(*SCHEDULES),
+}
+_SOLVER_ALONE = ("check_every", "memory", "history_dtype", "ridge", "backend")
+_TOP_LEVEL = [name for name in _LIMITS if name not in _SOLVER_ALONE]
+
+
+def _check(config: DictConfig, name: str, limit: str) -> None:
+    """Raise UserError unless the knob ``name`` keeps to the limit of that name."""
+    kinds, fits, words, null = _LIMITS[limit]
+    value = OmegaConf.select(config, name)
+    if value is None and null:
+        return
+    # bool is a kind of int to Python, not to a user.
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds) or not fits(value):
+        raise UserError(f"{name} must be {words}{' or null' if null else ''}, got {in_yaml(value)}")
+
+
+def try_solvers(solvers: Mapping[str, Solver], device: torch.device) -> None:
+    """Start every solver, by its node's name, on one number on ``device``.
+
+    Raises:
+        UserError: its backend does not run there.
+    """
+    for node, solver in solvers.items():
+        try:
+            solver.start(torch.zeros(1, 1, device=device))
+        except ValueError as error:  # it begins with the option's name
+            raise UserError(f"{node}.{error}") from error
+
+
+def pick_device(name: Any) -> torch.device:
     """``auto``: the first CUDA (or ROCm) device, else the CPU; anything else as torch writes devices.
 
     Raises:
@@ -129,7 +232,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda", 0) if cuda else torch.device("cpu")
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", str(name))
     if not match:
-        raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {name}")
+        raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {in_yaml(name)}")
     if name == "cpu":
         return torch.device("cpu")
     number = int(match.group(1) or 0)
@@ -161,9 +264,28 @@ def _folder_name(overrides: str) -> str:
     return f"_{name[:120]}" if name else ""
 
 
+def _tell(sentence: str) -> None:
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+
+
 def _end(sentence: str) -> NoReturn:
-    print(f"error: {sentence}", file=sys.stderr)
+    _tell(sentence)
     sys.exit(_MISTAKE)
+
+
+def _remove_if_empty(folder: Path, beside: str | None = None) -> None:
+    """Take away a folder that Hydra made for a run that never began, and those above it that hold nothing else.
+
+    A file named ``beside`` counts as nothing.
+    """
+    with contextlib.suppress(OSError):  # the folder holds something
+        if beside is not None and [file.name for file in folder.iterdir()] == [beside]:
+            (folder / beside).unlink()
+        folder.rmdir()
+        for parent in folder.parents:
+            if parent == Path.cwd() or not parent.is_relative_to(Path.cwd()):
+                break
+            parent.rmdir()
 
 
 def _explain(error: BaseException, conf: Path) -> str | None:
@@ -172,14 +294,20 @@ def _explain(error: BaseException, conf: Path) -> str | None:
         cause = error.__cause__
         if not isinstance(cause, UserError | ValueError | TypeError):
             return None
+        place = re.search(r"full_key: ([\w.]+)$", str(error))
         # The adjoint's solver is built inside the gradient, where no user set it.
-        inside = re.search(r"full_key: (gradient\.)?solver$", str(error))
-        return f"adjoint: {cause}" if inside and inside.group(1) else str(cause)
+        node = place.group(1).replace("gradient.solver", "adjoint") if place else ""
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
+        if unknown and node:
+            return _no_such_knob(f"{node}.{unknown.group(1)}", conf)
+        return in_yaml_too(f"adjoint: {cause}" if node == "adjoint" else str(cause))
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return f"{group} must be one of {', '.join(sorted(error.options))}, got {option}"
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r}; write KNOB=VALUE or GROUP=OPTION, quoted where the shell needs it"
+    if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
+        return _no_null_option(conf)
     if isinstance(error, ConfigCompositionException):
         unknown = re.match(r"Could not (?:override|append|delete).*? '?([\w.@/]+)'?", str(error))
         if unknown:
@@ -191,20 +319,46 @@ def _explain(error: BaseException, conf: Path) -> str | None:
     return None
 
 
+def _no_null_option(conf: Path) -> str:
+    """Hydra refuses a null where it wants a group's option, but does not say which."""
+    groups = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in conf.iterdir()}
+    for override in sys.argv[1:]:
+        group, _, value = override.partition("=")
+        if value in ("null", "") and groups.get(group):
+            return f"{group} must be one of {', '.join(groups[group])}, got null; leave it out for the default"
+    return "a group must be one of its options, not null; `python train.py --help` lists them"
+
+
 def _no_such_knob(name: str, conf: Path) -> str:
-    close = difflib.get_close_matches(name, _knobs(conf), n=1)
+    knobs = _knobs(conf)
+    if name in knobs:  # a knob of another option than the one chosen
+        return f"{name} is a knob of {' and '.join(sorted(knobs[name]))} alone"
+    inside = [knob for knob in sorted(knobs) if knob.endswith(f".{name}")]
+    close = inside or difflib.get_close_matches(name, knobs, n=1)
     hint = f"did you mean {close[0]}?" if close else "`python train.py --help` lists them"
     return f"there is no knob {name}; {hint}"
 
 
-def _knobs(conf: Path) -> set[str]:
-    """Every top-level knob, group and knob of a group that the config files name."""
-    knobs = {str(key) for key in _content(conf / "config.yaml")}
-    for file in conf.glob("*/*.yaml"):
+def _knobs(conf: Path) -> dict[str, set[str]]:
+    """Every knob and group that the config files name, with the options that have it: GROUP=OPTION."""
+    knobs: dict[str, set[str]] = {name: set() for name in _leaves(_content(conf / "config.yaml"))}
+    for file in conf.glob("[!h]*/*.yaml"):  # all but hydra's own
         group, content = file.parent.name, _content(file)
         own = content.get(group, content)  # data's files are written from the top level
-        knobs |= {group, *(f"{group}.{knob}" for knob in own)}
-    return {knob for knob in knobs if not knob.rpartition(".")[2].startswith(("_", "defaults"))}
+        for node in (group, "adjoint") if group == "solver" else (group,):
+            for name in ("", *(f".{knob}" for knob in _leaves(own))):
+                knobs.setdefault(node + name, set()).add(f"{group}={file.stem}")
+    return knobs
+
+
+def _leaves(content: dict[str, Any]) -> Iterator[str]:
+    """The dotted names of what a user may set in a config file."""
+    for name, value in content.items():
+        if name != "defaults" and not name.startswith("_"):
+            if not isinstance(value, dict):
+                yield name
+            elif name != "optimizer":  # wired to the group's own knobs
+                yield from (f"{name}.{leaf}" for leaf in _leaves(value))
 
 
 def _content(file: Path) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Mapping
+from dataclasses import fields
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from deq.probe import Comparison, Reading
+from deq.solvers import Solver
 
 # Heading, width, metric, how it is shown. All in all under 80 columns.
 _COLUMNS = (
@@ -98,13 +101,18 @@ class Display:
             return f"{summary[name]:.1f}" if name in summary else "none"
 
         table.add_row("accuracy", f"test {percent('test/accuracy')} · train {percent('train/accuracy')}")
-        seconds = f"{number('time/train_s')} s training · {number('time/elapsed_s')} s with evaluation and probe"
+        more = "evaluation and probe" if comparison is not None else "evaluation"
+        seconds = f"{number('time/train_s')} s training · {number('time/elapsed_s')} s with {more}"
         table.add_row("time", seconds)
         table.add_row(
             "evaluations of f",
             f"forward {number('solver/forward_evaluations')} · backward {number('solver/backward_evaluations')} "
             f"a solve, mean",
         )
+        sides = ("forward", "backward")
+        if any(summary.get(f"solver/{s}_sample_evaluations") != summary.get(f"solver/{s}_evaluations") for s in sides):
+            each = " · ".join(f"{side} {number(f'solver/{side}_sample_evaluations')}" for side in sides)
+            table.add_row("  of each sample", f"{each} a solve, mean")
         table.add_row(
             "unconverged",
             f"forward {percent('solver/forward_unconverged_fraction')} · "
@@ -136,4 +144,18 @@ def _verdict(comparison: Comparison) -> str:
 def _reading(reading: Reading) -> str:
     if reading.seconds is None:
         return f"not converged (residual {reading.residual:.1e} after {reading.evaluations} evaluations)"
-    return f"{reading.evaluations} evaluations · {reading.seconds * 1e3:.1f} ms"
+    spread = "" if reading.spread is None else " ({:.1f} to {:.1f})".format(*(edge * 1e3 for edge in reading.spread))
+    return f"{reading.evaluations} evaluations · {reading.seconds * 1e3:.1f} ms{spread}"
+
+
+def described(solver: Solver) -> str:
+    """The solver in at most 80 columns a line: what is usually set, and what else is not at its default."""
+    knobs = [
+        f"{field.name}={getattr(solver, field.name)}"
+        for field in fields(solver)
+        if field.name in _USUAL_KNOBS or getattr(solver, field.name) != field.default
+    ]
+    return textwrap.fill(f"{type(solver).__name__}: {' '.join(knobs)}", 80, subsequent_indent="  ")
+
+
+_USUAL_KNOBS = ("window", "beta", "tol", "max_iter", "stop")

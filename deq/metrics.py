@@ -15,6 +15,8 @@ NAMES: dict[str, str] = {
     "time/step_s": "mean seconds a training step, over the steps since the previous row",
     "solver/forward_evaluations": "evaluations of f per forward solve of a batch, mean over training steps",
     "solver/backward_evaluations": "evaluations of f's transposed Jacobian per adjoint solve, mean over steps",
+    "solver/forward_sample_evaluations": "evaluations of f that a sample took part in, mean over samples and steps",
+    "solver/backward_sample_evaluations": "the same of adjoint solves, what is recorded again for compaction included",
     "solver/forward_residual": "relative residual of the equilibrium, mean over samples",
     "solver/backward_residual": "relative residual of the adjoint, mean over samples",
     "solver/unconverged_fraction": "share of samples above tol when their solve ended, both solves pooled",

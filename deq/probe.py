@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deq.errors import UserError
+from deq.errors import UserError, in_yaml
 from deq.layer import DEQ
 from deq.models import EquilibriumClassifier
 from deq.solvers import Forward, Solution, Solver
@@ -19,11 +19,13 @@ from deq.statistics import stopping_residual
 
 @dataclass(frozen=True)
 class Reading:
-    """One solver on the probe's batch. ``seconds`` is None where the solve did not get to tol."""
+    """One solver on the probe's batch. ``seconds`` is the median of the repeats, ``spread`` the least and the most;
+    both are None where the solve did not get to tol."""
 
     evaluations: int
     residual: float
     seconds: float | None
+    spread: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class SpeedupProbe:
         for name in ("max_iter", "repeats"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"probe.{name} must be an integer of at least 1, got {value!r}")
+                raise UserError(f"probe.{name} must be an integer of at least 1, got {in_yaml(value)}")
 
     @torch.no_grad()
     def compare(self, model: EquilibriumClassifier, images: Tensor) -> Comparison:
@@ -111,6 +113,7 @@ class _Timed:
             evaluations=self._solution.evaluations,
             residual=self._residual,
             seconds=statistics.median(self._seconds) if self._seconds else None,
+            spread=(min(self._seconds), max(self._seconds)) if self._seconds else None,
         )
 
 

@@ -49,6 +49,7 @@ class Sums:
         finite = torch.isfinite(solution.residual)
         self._count(f"{name}.solves", 1)
         self._count(f"{name}.evaluations", solution.evaluations)
+        self._count(f"{name}.sample_evaluations", solution.sample_evaluations)
         self._count(f"{name}.samples", len(solution.residual))
         self._sum(f"{name}.residual", torch.where(finite, solution.residual, 0.0).double().sum())
         self._sum(f"{name}.finite_samples", finite.sum())
@@ -90,6 +91,7 @@ class Sums:
         for side in ("forward", "backward"):
             metrics |= {
                 **ratio(f"solver/{side}_evaluations", f"{side}.evaluations", f"{side}.solves"),
+                **ratio(f"solver/{side}_sample_evaluations", f"{side}.sample_evaluations", f"{side}.samples"),
                 **ratio(f"solver/{side}_residual", f"{side}.residual", f"{side}.finite_samples"),
                 **ratio(f"solver/{side}_unconverged_fraction", f"{side}.unconverged", f"{side}.samples"),
                 **ratio(f"solver/{side}_converged_steps", f"{side}.converged_steps", f"{side}.solves"),

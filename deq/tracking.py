@@ -8,17 +8,16 @@ import os
 import platform
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import wandb
 from omegaconf import OmegaConf
 
 from deq import metrics
-from deq.errors import UserError, first_line
+from deq.errors import UserError, first_line, in_yaml, room_for
 from deq.files import shown, write_atomically
 from deq.machine import code_version, processor_name
 
@@ -26,6 +25,15 @@ Result = TypeVar("Result")
 Row = dict[str, float]
 
 _MODES = ("auto", "online", "offline", "disabled")
+_WANDB_MODES = {
+    "online": "online",
+    "run": "online",
+    "shared": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
+"""What W&B takes in WANDB_MODE → what that is here."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +54,25 @@ class WandbOptions:
     mode: str = "auto"
     group: str | None = None
     name: str | None = None
-    tags: tuple[str, ...] = ()
+    tags: Sequence[str] = ()
     timeout: float = 30.0
 
     def __post_init__(self) -> None:
         if self.mode not in _MODES:
-            raise UserError(f"logger.mode must be one of {', '.join(_MODES)}, got {self.mode!r}")
-        if not self.timeout >= 1:
-            raise UserError(f"logger.timeout must be at least 1 second, got {self.timeout}")
+            raise UserError(f"logger.mode must be one of {', '.join(_MODES)}, got {in_yaml(self.mode)}")
+        timeout = self.timeout
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 1:
+            raise UserError(f"logger.timeout must be a number of at least 1, in seconds, got {in_yaml(timeout)}")
+        if not isinstance(self.project, str) or not self.project:
+            raise UserError(f"logger.project must be a text, such as anderson-deq, got {in_yaml(self.project)}")
+        for knob in ("group", "name"):
+            value = getattr(self, knob)
+            if value is not None and not isinstance(value, str):
+                raise UserError(
+                    f"logger.{knob} must be a text or null, got {in_yaml(value)}; quote it: logger.{knob}='\"{value}\"'"
+                )
+        if isinstance(self.tags, str) or not isinstance(self.tags, Sequence):
+            raise UserError(f"logger.tags must be a list, such as [first,second], got {in_yaml(self.tags)}")
 
 
 class Tracker:
@@ -66,7 +85,8 @@ class Tracker:
         options: W&B's; mode ``disabled`` leaves the files alone.
         group, tags: of this run, for W&B.
 
-    Only file errors reach the caller; anything that W&B does wrong becomes one warning, and the run goes on.
+    Only files that cannot be written reach the caller, as UserError; anything that W&B does wrong becomes one warning,
+    and the run goes on.
     """
 
     def __init__(
@@ -82,13 +102,15 @@ class Tracker:
         self.folder = folder
         self.rows: list[Row] = []
         about = environment()
-        folder.mkdir(parents=True, exist_ok=True)
         _write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
         _write_text(folder / "environment.json", json.dumps(about, indent=2))
-        self._write_rows()
+        with room_for(folder):
+            # Rows that are there stay until restore() has theirs: a run may go on in its own folder, or be refused.
+            (folder / "metrics.jsonl").touch()
+        mode = _wanted_mode(options, warn)
         self._wandb = None
-        if options.mode != "disabled":
-            self._wandb = _Wandb(options, folder, {**config, **about}, group=group, tags=tags, warn=warn)
+        if mode != "disabled":
+            self._wandb = _Wandb(options, mode, folder, {**config, **about}, group=group, tags=tags, warn=warn)
 
     def restore(self, rows: list[Row]) -> None:
         """Begin with the rows of the run that is resumed, so that file and charts are whole."""
@@ -107,7 +129,8 @@ class Tracker:
         metrics.check(values)
         row: Row = {"step": step, "epoch": epoch, **values}
         self.rows.append(row)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.folder / "metrics.jsonl"
+        with room_for(path), path.open("a", encoding="utf-8") as file:
             file.write(_json(row) + "\n")
         if self._wandb is not None:
             self._wandb.log(row)
@@ -119,9 +142,11 @@ class Tracker:
             ValueError: for a name that is not in :mod:`deq.metrics`.
         """
         metrics.check(summary)
-        _write_text(self.folder / "summary.json", _json(summary, indent=2) + "\n")
-        if self._wandb is not None:
-            self._wandb.finish(summary, failed)
+        try:
+            _write_text(self.folder / "summary.json", _json(summary, indent=2) + "\n")
+        finally:
+            if self._wandb is not None:
+                self._wandb.finish(summary, failed)
 
     @property
     def wandb_note(self) -> str | None:
@@ -132,12 +157,28 @@ class Tracker:
         _write_text(self.folder / "metrics.jsonl", "".join(_json(row) + "\n" for row in self.rows))
 
 
+def _wanted_mode(options: WandbOptions, warn: Callable[[str], None]) -> str:
+    """One of :data:`_MODES`: the knob's, and where that is auto, WANDB_MODE's."""
+    variable = os.environ.get("WANDB_MODE")
+    if variable is None or not variable.strip():
+        os.environ.pop("WANDB_MODE", None)
+        return options.mode
+    known = _WANDB_MODES.get(variable.strip().lower())
+    if known is None and options.mode == "auto":
+        warn(f"WANDB_MODE must be online, offline or disabled, got {variable!r}; this run is kept offline")
+    if variable not in _WANDB_MODES:
+        # W&B does not start where the variable holds what it does not know, even if it is told the mode.
+        os.environ["WANDB_MODE"] = known or "offline"
+    return (known or "offline") if options.mode == "auto" else options.mode
+
+
 class _Wandb:
     """A W&B run that gives up, with one warning, at the first thing that goes wrong."""
 
     def __init__(
         self,
         options: WandbOptions,
+        wanted: str,
         folder: Path,
         config: dict[str, Any],
         *,
@@ -151,12 +192,18 @@ class _Wandb:
         self.note: str | None = None
 
         def start() -> tuple[Any, str]:
-            mode = self._mode(options)
+            import wandb  # here, since it is slow to import and need not be installed
+
+            mode = "offline"
+            if wanted != "offline" and wandb.login(prompt=False, verify=False):
+                mode = "online"
+            elif wanted == "online":
+                warn("W&B: online needs a login (run `wandb login` once); this run is kept offline")
             run = wandb.init(
                 project=options.project,
                 name=options.name or folder.name,
                 group=options.group or group,
-                tags=sorted({*options.tags, *tags}),
+                tags=sorted({*map(str, options.tags), *tags}),
                 config=config,
                 dir=str(folder),
                 mode=mode,  # type: ignore[arg-type]  # one of W&B's own words, checked in WandbOptions
@@ -178,21 +225,14 @@ class _Wandb:
 
     def finish(self, summary: Mapping[str, float], failed: bool) -> None:
         def close() -> None:
+            import wandb
+
             self._run.summary.update(dict(summary))
             self._run.finish(exit_code=int(failed))
+            # finish() only tells W&B's own process to close the offline file; the end of that process is waited for.
+            wandb.teardown(exit_code=int(failed))
 
         self._try("finish", close)
-
-    def _mode(self, options: WandbOptions) -> str:
-        """online or offline, decided without a prompt and without a network."""
-        asked = options.mode if options.mode != "auto" else os.environ.get("WANDB_MODE", "")
-        if asked in ("offline", "disabled"):
-            return asked
-        if wandb.login(prompt=False, verify=False):
-            return "online"
-        if asked == "online":
-            self._warn("W&B: online needs a login (run `wandb login` once); this run is kept offline")
-        return "offline"
 
     def _try(self, what: str, call: Callable[[], Result]) -> Result | None:
         """The call's result, or None after one warning if it raised or took too long. Silent once given up."""
@@ -246,4 +286,5 @@ def _json(values: Mapping[str, Any], indent: int | None = None) -> str:
 
 
 def _write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
+    with room_for(path):
+        write_atomically(path, lambda file: file.write(text.encode()))

@@ -16,9 +16,10 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from deq.compiling import compile_cell
 from deq.data import Batches
 from deq.display import Display
-from deq.errors import UserError
+from deq.errors import UserError, first_line
 from deq.gradients import Implicit
 from deq.interrupt import Interrupted, SignalWatch
 from deq.models import EquilibriumClassifier
@@ -56,7 +57,7 @@ class Trainer:
         schedule: name in :data:`SCHEDULES`. precision: name in :data:`PRECISIONS`.
         compile: compile the cell with ``torch.compile``.
         log_every: steps of an epoch between rows; an epoch's end always writes one.
-        probe: compares the run's solver with forward iteration at every evaluation.
+        probe: compares the run's solver with forward iteration at every evaluation; None leaves that out.
         tracker, display: where results go. save: called with the state at every epoch's end and at a signal.
     """
 
@@ -72,7 +73,7 @@ class Trainer:
         precision: str,
         compile: bool,
         log_every: int,
-        probe: SpeedupProbe,
+        probe: SpeedupProbe | None,
         tracker: Tracker,
         display: Display,
         save: Callable[[dict[str, Any]], None],
@@ -93,14 +94,9 @@ class Trainer:
         # float16 has too few exponent bits for small gradients; the scaler does nothing for the others.
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         if compile:
-            # The adjoint solve asks for many products with one recorded evaluation of the cell, so that
-            # the compiler must not reuse that evaluation's buffers during the first of them.
-            import torch._functorch.config as functorch_config
-
-            functorch_config.donated_buffer = False
             cell = model.deq.cell
             assert isinstance(cell, nn.Module)
-            cell.compile()
+            compile_cell(cell)
 
     @property
     def _adjoint_solver(self) -> Solver | None:
@@ -179,9 +175,11 @@ class Trainer:
             loss = functional.cross_entropy(logits.float(), labels)
         self.optimizer.zero_grad(set_to_none=True)
         self._scaler.scale(loss).backward()
+        scale = self._scaler.get_scale()
         self._scaler.step(self.optimizer)
         self._scaler.update()
-        self._schedule.step()
+        if self._scaler.get_scale() >= scale:  # it falls where gradients overflowed and the optimizer did not step
+            self._schedule.step()
         self.since_row.add(loss, logits, labels, self.model.deq, self._adjoint_solver)
 
     def _close_epoch(self, signals: SignalWatch) -> None:
@@ -189,12 +187,13 @@ class Trainer:
         position = self.position
         self.display.doing("evaluation")
         measured: dict[str, float] = self._evaluate(signals)
-        self.display.doing("probe")
-        images, _ = next(self.batches.test())
-        with self._autocast():
-            self.comparison = self.probe.compare(self.model, images)
-        measured |= self.comparison.metrics()
-        signals.raise_if_noted()
+        if self.probe is not None:
+            self.display.doing("probe")
+            images, _ = next(self.batches.test())
+            with self._autocast():
+                self.comparison = self.probe.compare(self.model, images)
+            measured |= self.comparison.metrics()
+            signals.raise_if_noted()
         position.elapsed_s = self._elapsed()
         position.evaluated_step = position.step
         self._log(measured)
@@ -267,8 +266,17 @@ class Trainer:
         """Take back what :meth:`state` gave.
 
         Raises:
-            UserError: it is of a step that this run would never come to.
+            UserError: it is of a step that this run would never come to, or something is missing in it.
         """
+        try:
+            self._restore(state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"the checkpoint does not fit this version's train.py ({type(error).__name__}: {first_line(error)}); "
+                f"leave resume out to start anew"
+            ) from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
         if state["position"]["step"] > self.total_steps:
             raise UserError(
                 f"the checkpoint is at step {state['position']['step']}, but epochs and max_steps allow only "

@@ -10,7 +10,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from deq.data.augment import AUGMENTATIONS, augment
-from deq.errors import UserError
+from deq.errors import UserError, in_yaml
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ class Split:
             return self
         classes = int(self.labels.max()) + 1
         if not isinstance(size, int) or not classes <= size <= len(self):
-            raise UserError(f"{name} must be an integer from {classes} to {len(self)}, or null for all, got {size}")
+            raise UserError(
+                f"{name} must be an integer from {classes} to {len(self)}, or null for all, got {in_yaml(size)}"
+            )
         if size > len(self) - classes:  # the splitter wants an image a class on the other side as well
             raise UserError(f"{name}={size} leaves out fewer than one image a class; give null for all {len(self)}")
         indices = torch.arange(len(self))
@@ -77,7 +79,7 @@ class ImageData:
             UserError: an unknown augmentation or an impossible share.
         """
         if augmentation not in AUGMENTATIONS:
-            raise UserError(f"data.augment must be one of {', '.join(AUGMENTATIONS)}, got {augmentation!r}")
+            raise UserError(f"data.augment must be one of {', '.join(AUGMENTATIONS)}, got {in_yaml(augmentation)}")
         train = train.share(train_size, "data.train_size")
         test = test.share(test_size, "data.test_size")
         # Counted from the histogram of each channel's 256 values: exact, and no float copy of the images.

@@ -17,7 +17,7 @@ from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, ImageFolder
 
 from deq.data.images import ImageData, Split
-from deq.errors import UserError, first_line
+from deq.errors import UserError, first_line, in_yaml
 from deq.files import write_atomically
 
 _DOWNLOAD_TIMEOUT_S = 30
@@ -93,8 +93,8 @@ def image_folder(
     """
     if root is None:
         raise UserError("data.root is not set; give data.root=DIR, a folder with train/ and test/ inside")
-    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
-        raise UserError(f"data.image_size must be an integer of at least 1, or null, got {image_size!r}")
+    if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1):
+        raise UserError(f"data.image_size must be an integer of at least 1, or null, got {in_yaml(image_size)}")
     folder = Path(root).expanduser()
     for needed in (folder, folder / "train", folder / "test"):
         if not needed.is_dir():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -89,8 +91,8 @@ class EquilibriumClassifier(nn.Module):
                 f"model.pool must divide the image size, {image_size} pixels, got {pool}; "
                 f"give model.pool one of its divisors"
             )
-        if init_std <= 0:
-            raise ValueError(f"model.init_std must be above 0, got {init_std}")
+        if isinstance(init_std, bool) or not isinstance(init_std, int | float) or not 0 < init_std < math.inf:
+            raise ValueError(f"model.init_std must be a number above 0, such as 0.01, got {init_std!r}")
         self.stem = nn.Sequential(
             nn.Conv2d(image_channels, channels, kernel_size=3, padding=1), nn.BatchNorm2d(channels)
         )

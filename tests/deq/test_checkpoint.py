@@ -35,6 +35,7 @@ def test_a_write_that_fails_halfway_leaves_the_previous_file(tmp_path: Path) -> 
 
     with pytest.raises(RuntimeError, match=r"disk full"):
         write_atomically(file, half)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert file.read_bytes() == b"whole"
     write_atomically(file, lambda opened: opened.write(b"next"))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -65,6 +66,15 @@ def test_what_is_no_checkpoint_is_refused_in_a_sentence(tmp_path: Path) -> None:
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(UserError, match=r"not written by this version"):
         checkpoint.load(tmp_path / "other.pt", CONFIG)
+
+
+@pytest.mark.parametrize("key", ["format", "config", "state"])
+def test_a_checkpoint_that_lacks_a_key_is_refused_in_a_sentence(key: str, tmp_path: Path) -> None:
+    content = {"format": checkpoint._FORMAT, "config": CONFIG, "state": STATE}
+    del content[key]
+    torch.save(content, tmp_path / checkpoint.FILE)
+    with pytest.raises(UserError, match=r"not written by this version's train.py"):
+        checkpoint.load(tmp_path, CONFIG)
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ PROMISED = [
     "time/step_s",
     "solver/forward_evaluations",
     "solver/backward_evaluations",
+    "solver/forward_sample_evaluations",
+    "solver/backward_sample_evaluations",
     "solver/forward_residual",
     "solver/backward_residual",
     "solver/unconverged_fraction",

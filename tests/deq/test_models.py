@@ -61,7 +61,7 @@ def test_gradient_reaches_every_parameter() -> None:
         ({"groups": 7}, "model.channels must be a multiple of model.groups=7, got 48"),
         ({"inner": 60}, "model.inner must be a multiple of model.groups=8, got 60"),
         ({"pool": 3}, "model.pool must divide the image size, 8 pixels, got 3"),
-        ({"init_std": 0.0}, "model.init_std must be above 0, got 0.0"),
+        ({"init_std": 0.0}, "model.init_std must be a number above 0, such as 0.01, got 0.0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_value_and_limit(sizes: dict[str, Any], sentence: str) -> None:

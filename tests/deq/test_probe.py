@@ -31,6 +31,10 @@ def test_both_solves_are_counted_timed_and_compared() -> None:
     assert comparison.solver.residual <= 1e-4
     assert metrics["speedup/evaluations"] == comparison.forward.evaluations / comparison.solver.evaluations
     assert metrics["speedup/evaluations"] > 1
+    for reading in (comparison.forward, comparison.solver):
+        assert reading.seconds is not None
+        assert reading.spread is not None
+        assert reading.spread[0] <= reading.seconds <= reading.spread[1]
     assert metrics["speedup/solver"] == pytest.approx(metrics["speedup/forward_s"] / metrics["speedup/solver_s"])
 
 

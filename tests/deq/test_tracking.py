@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,8 @@ def run_of_two_rows(folder: Path, options: WandbOptions, **more: Any) -> list[st
 
 
 def offline_run(folder: Path) -> bytes:
-    """The one offline run in a run folder. W&B's own process may write it a moment after ``finish`` has returned."""
+    """The one offline run in a run folder."""
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    deadline = time.monotonic() + 10
-    while file.stat().st_size < 1000 and time.monotonic() < deadline:
-        time.sleep(0.05)
     return file.read_bytes()
 
 
@@ -80,6 +78,16 @@ def test_a_resumed_run_begins_with_the_rows_of_the_first(tmp_path: Path) -> None
     assert [row["step"] for row in rows(tmp_path / "second")] == [1, 2]
 
 
+def test_a_run_that_goes_on_in_its_own_folder_keeps_its_rows_until_they_are_restored(tmp_path: Path) -> None:
+    first = tracker(tmp_path)
+    first.log(1, 1, {"train/loss": 2.0})
+    second = tracker(tmp_path)
+    assert [row["step"] for row in rows(tmp_path)] == [1]
+    second.restore(first.rows)
+    second.log(2, 1, {"train/loss": 1.0})
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+
+
 def test_offline_is_the_default_and_needs_no_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wandb, "login", lambda **_: False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -99,7 +107,12 @@ def test_offline_is_the_default_and_needs_no_login(tmp_path: Path, monkeypatch: 
         ("auto", "", True, "online"),
         ("auto", "", False, "offline"),
         ("auto", "offline", True, "offline"),
+        ("auto", "dryrun", True, "offline"),
+        ("auto", "run", True, "online"),
+        ("auto", " Offline", True, "offline"),
+        ("auto", "of", True, "offline"),
         ("offline", "online", True, "offline"),
+        ("offline", "of", True, "offline"),
         ("online", "", False, "offline"),
     ],
 )
@@ -122,6 +135,40 @@ def test_mode_is_decided_without_a_prompt(
     monkeypatch.setenv("WANDB_MODE", variable)
     run_of_two_rows(tmp_path, WandbOptions(mode=mode))
     assert asked["mode"] == expected
+
+
+@pytest.mark.parametrize("variable", ["of", ""])
+def test_a_mode_that_wandb_does_not_know_is_told_once_and_wandb_still_starts(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wandb, "login", lambda **_: False)
+    monkeypatch.setenv("WANDB_MODE", variable)
+    warnings = run_of_two_rows(tmp_path / "first", WandbOptions()) + run_of_two_rows(tmp_path, WandbOptions())
+    told = ["WANDB_MODE must be online, offline or disabled, got 'of'; this run is kept offline"]
+    assert warnings == (told if variable else [])
+    assert b"test/accuracy" in offline_run(tmp_path)
+
+
+def test_wandb_disabled_by_the_environment_is_not_even_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert run_of_two_rows(tmp_path, WandbOptions()) == []
+    assert not (tmp_path / "wandb").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_the_offline_file_is_complete_when_finish_returns(tmp_path: Path) -> None:
+    run = tracker(tmp_path, WandbOptions(mode="offline"))
+    for step in range(1, 2001):
+        run.log(step, 1, {"train/loss": 1.0})
+    run.finish({"test/accuracy": 0.5})
+    at_once = offline_run(tmp_path)
+    # W&B's own process, which writes the file, has ended.
+    listed = [int(pid) for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
+    assert not [pid for pid in listed if "wandb" in Path(f"/proc/{pid}/comm").read_text()]
+    assert b"test/accuracy" in at_once
 
 
 class BrokenRun:
@@ -161,7 +208,7 @@ def test_a_failing_wandb_is_one_warning_and_the_run_goes_on(
 def test_bad_options_are_refused() -> None:
     with pytest.raises(UserError, match=r"logger.mode must be one of auto, online, offline, disabled, got 'of'"):
         WandbOptions(mode="of")
-    with pytest.raises(UserError, match=r"logger.timeout must be at least 1 second, got 0"):
+    with pytest.raises(UserError, match=r"logger.timeout must be a number of at least 1, in seconds, got 0"):
         WandbOptions(timeout=0)
 
 

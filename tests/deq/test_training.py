@@ -20,7 +20,7 @@ from deq.interrupt import Interrupted
 from deq.metrics import NAMES
 from deq.models import EquilibriumClassifier
 from deq.probe import SpeedupProbe
-from deq.solvers import Anderson
+from deq.solvers import Anderson, Solver
 from deq.tracking import Tracker, WandbOptions
 from deq.training import Trainer
 
@@ -56,6 +56,7 @@ class StopsAt(Batches):
 def trainer(
     folder: Path,
     *,
+    solver: Solver = SOLVER,
     gradient: Gradient | None = None,
     batches: Batches | None = None,
     saved: list[dict[str, Any]] | None = None,
@@ -65,7 +66,7 @@ def trainer(
     torch.manual_seed(0)
     batches = batches or Batches(digits(augment=augment, train_size=160, test_size=64), 32, seed=0)
     model = EquilibriumClassifier(
-        1, 8, 10, solver=SOLVER, gradient=gradient or Implicit(solver=SOLVER), channels=8, inner=8, groups=4, pool=4
+        1, 8, 10, solver=solver, gradient=gradient or Implicit(solver=solver), channels=8, inner=8, groups=4, pool=4
     )
     given: dict[str, Any] = {
         "epochs": 3, "max_steps": None, "schedule": "cosine", "precision": "fp32", "compile": False, "log_every": 2
@@ -161,6 +162,24 @@ def test_unconverged_fraction_pools_both_solves(tmp_path: Path) -> None:
     assert summary["solver/unconverged_fraction"] == pytest.approx((forward + 1) / 2)
 
 
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_sample_takes_part_in_fewer_evaluations_only_where_the_solver_compacts(compact: bool, tmp_path: Path) -> None:
+    solver = Anderson(window=3, tol=1e-3, max_iter=30, compact=compact)
+    run = trainer(tmp_path, solver=solver, gradient=Implicit(solver=solver), epochs=1)
+    summary = run.run()
+    forward, backward = (
+        (summary[f"solver/{side}_sample_evaluations"], summary[f"solver/{side}_evaluations"])
+        for side in ("forward", "backward")
+    )
+    if compact:
+        assert 1 < forward[0] < forward[1]
+        assert backward[0] > 1
+    else:
+        assert forward[0] == pytest.approx(forward[1])
+        assert backward[0] == pytest.approx(backward[1])
+    assert all("solver/forward_sample_evaluations" in row for row in run.tracker.rows)
+
+
 def test_no_backward_names_without_a_backward_solve(tmp_path: Path) -> None:
     summary = trainer(tmp_path, epochs=1, gradient=JacobianFree()).run()
     assert not [name for name in summary if name.startswith("solver/backward")]
@@ -189,6 +208,15 @@ def test_a_checkpoint_beyond_the_last_step_is_refused_instead_of_trained_on_for_
         shorter.restore(saved[-1])
 
 
+@pytest.mark.parametrize("key", ["position", "model", "rng"])
+def test_a_state_that_lacks_a_key_is_refused_in_a_sentence(key: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=1)
+    state = run.state()
+    del state[key]
+    with pytest.raises(UserError, match=rf"does not fit this version's train.py \(KeyError: '{key}'\)"):
+        run.restore(state)
+
+
 def test_learning_rate_follows_half_a_cosine_to_zero(tmp_path: Path) -> None:
     run = trainer(tmp_path, epochs=2, log_every=5)
     run.run()
@@ -214,10 +242,44 @@ def test_fp16_steps_that_overflow_are_skipped_by_the_scaler_and_training_goes_on
 
     run.model.register_forward_hook(overflow)
     assert run.run()["train/loss"] < 10
+    assert run._scaler.get_scale() == 2.0**15  # halved, once
     assert all(torch.isfinite(value).all() for value in run.model.state_dict().values())
 
 
-def test_bf16_trains(tmp_path: Path) -> None:
-    summary = trainer(tmp_path, precision="bf16", epochs=4, augment="none").run()
-    assert summary["train/loss"] < 2.3
-    assert summary["test/accuracy"] > 0.2
+def test_the_learning_rate_waits_where_the_scaler_skips_a_step(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    run = trainer(tmp_path, precision="fp16", epochs=1, log_every=5)
+
+    def overflow(module: torch.nn.Module, args: Any, logits: Tensor) -> Tensor | None:
+        return logits * float("inf") if run.position.step == 0 else None
+
+    run.model.register_forward_hook(overflow)
+    run.run()
+    assert run.position.step == 5
+    assert run._schedule.last_epoch == 4
+    (state,) = {int(state["step"]) for state in run.optimizer.state.values()}
+    assert state == 4
+    assert not [str(warning.message) for warning in recwarn if "lr_scheduler" in str(warning.message)]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_half_precision_trains_as_fp32_does(precision: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    reference = trainer(tmp_path / "fp32", epochs=4, augment="none").run()
+    run = trainer(tmp_path / "half", precision=precision, epochs=4, augment="none")
+    seen: set[tuple[str, torch.dtype]] = set()
+
+    def note(module: torch.nn.Module, args: Any, output: Tensor) -> None:
+        seen.add((type(module).__name__, output.dtype))
+
+    for module in (*run.model.deq.cell.modules(), run.model.deq):  # type: ignore[union-attr]
+        module.register_forward_hook(note)
+    summary = run.run()
+    # The cell's products are in half precision, the equilibrium is not.
+    assert ("Conv2d", dtype) in seen
+    assert {kind for kind in seen if kind[0] == "DEQ"} == {("DEQ", torch.float32)}
+    assert all(value.dtype != dtype for value in run.model.state_dict().values())
+    assert summary["train/loss"] == pytest.approx(reference["train/loss"], rel=0.02)
+    assert summary["test/accuracy"] == pytest.approx(reference["test/accuracy"], abs=0.1)
+    assert summary["solver/forward_evaluations"] == pytest.approx(reference["solver/forward_evaluations"], rel=0.1)
+    assert summary["solver/unconverged_fraction"] <= reference["solver/unconverged_fraction"] + 0.05

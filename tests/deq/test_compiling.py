@@ -1,0 +1,39 @@
+"""A compiled cell under an implicit gradient."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from deq import DEQ
+from deq.compiling import compile_cell
+from deq.solvers import Anderson
+
+
+class Cell(nn.Module):
+    """Two layers, so that the backward pass has something saved in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        result: Tensor = 0.3 * torch.tanh(self.outer(torch.tanh(self.inner(z)))) + x
+        return result
+
+
+def test_a_compiled_cell_has_the_gradients_of_the_cell() -> None:
+    cell = Cell()
+    compiled = copy.deepcopy(cell)
+    compile_cell(compiled)
+    x = torch.randn(4, 8)
+    for one in (cell, compiled):
+        layer = DEQ(one, solver=Anderson(tol=1e-6))
+        layer(x).square().sum().backward()
+        assert layer.last_adjoint is not None
+        assert layer.last_adjoint.evaluations > 2  # several products with one recorded evaluation
+    for expected, got in zip(cell.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-3, atol=1e-6)
+    assert torch._functorch.config.donated_buffer is False

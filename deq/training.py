@@ -93,11 +93,6 @@ class Trainer:
         # float16 has too few exponent bits for small gradients; the scaler does nothing for the others.
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         if compile:
-            # The adjoint solve asks for many products with one recorded evaluation of the cell, so that
-            # the compiler must not reuse that evaluation's buffers during the first of them.
-            import torch._functorch.config as functorch_config
-
-            functorch_config.donated_buffer = False
             cell = model.deq.cell
             assert isinstance(cell, nn.Module)
             cell.compile()

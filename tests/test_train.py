@@ -123,6 +123,8 @@ MISTAKES = {
     "resume=nowhere": "there is no file or folder nowhere",
     "data=image_folder": "data.root is not set; give data.root=DIR",
     "model.groups=7": "model.channels must be a multiple of model.groups=7",
+    "gradient=phantom gradient.damping=2": "damping must be above 0 and at most 1, got 2",
+    "gradient=unrolled gradient.steps=0": "steps must be a whole number of evaluations of f, at least 1, got 0",
     "logger.mode=of": "logger.mode must be one of auto, online, offline, disabled, got 'of'",
 }
 
@@ -133,7 +135,7 @@ import train
 from deq.command import launch
 told = {}
 for override in json.loads(sys.argv[1]):
-    sys.argv = ["train.py", "logger=none", "max_steps=1", override]
+    sys.argv = ["train.py", "logger=none", "max_steps=1", *override.split()]
     import os; os.environ.pop("HYDRA_FULL_ERROR", None)
     with contextlib.redirect_stderr(io.StringIO()) as shown, contextlib.redirect_stdout(shown):
         try:

@@ -1,12 +1,26 @@
 """Gradients through a fixed point z* = f(z*): what ``backward`` does at the output of a DEQ layer.
 
-Both are attached to one evaluation of f at z*, the only one that autograd records. Its output f(z*) is not what the
-layer returns: the layer returns z* itself, so that training and inference see the same numbers.
+All are attached to evaluations of f at z* or from z* on, the only ones that autograd records. Their outputs are not
+what the layer returns: whatever the gradient, it returns z* itself, so that training and inference see the same
+numbers and ``last_solution`` is the account of what was returned. f(z*) and what a few more steps give differ from z*
+by no more than the solve was asked for.
+
+=====================  ======================  ==================================  =============================
+gradient               evaluations recorded    more work in ``backward``           memory, activations of f
+=====================  ======================  ==================================  =============================
+``Implicit``           1                       a solve: one product J^T u an       1, and the solver's history
+                                               evaluation
+``JacobianFree``       1                       none                                1
+``Phantom(k, damping)``  k                     k - 1 products                      k
+``Unrolled(k)``        k                       k - 1 products                      k
+=====================  ======================  ==================================  =============================
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -79,23 +93,21 @@ class Implicit(Gradient):
         restrict: Restrict | None = None,
         solve_adjoint: SolveAdjoint | None = None,
     ) -> Tensor:
-        z = z_star.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), _repeatable_backward():
+            z = _Source.apply(z_star.detach().requires_grad_())
             f_star = f(z)
+        if not _depends_on_more_than_z(f_star):
+            return z_star.clone()
         result: Tensor = _Adjoint.apply(f_star, z, z_star, self.solver or solver, record, restrict, solve_adjoint)
         return result
 
 
-@dataclass(frozen=True)
-class JacobianFree(Gradient):
-    """The gradient through one application of f at z*, as if J were 0: u = dL/dz*. No backward solve.
+class Unrolling(Gradient):
+    """A gradient through a few recorded steps from z* on, without a backward solve."""
 
-    Source: Fung et al. 2021, *JFB: Jacobian-free backpropagation for implicit networks*.
-
-    Example:
-        >>> JacobianFree()
-        JacobianFree()
-    """
+    @abstractmethod
+    def unroll(self, f: FixedPointMap, z: Tensor) -> Tensor:
+        """What the steps from z, (B, ...) and detached, lead to; recorded where autograd is on."""
 
     def attach(
         self,
@@ -107,22 +119,174 @@ class JacobianFree(Gradient):
         solve_adjoint: SolveAdjoint | None = None,
     ) -> Tensor:
         with torch.enable_grad():
-            f_star = f(z_star.detach())
-        result: Tensor = _PassThrough.apply(f_star, z_star)
+            unrolled = self.unroll(f, z_star.detach())
+        result: Tensor = _PassThrough.apply(unrolled, z_star)
         return result
 
 
+@dataclass(frozen=True)
+class JacobianFree(Unrolling):
+    """The gradient through one application of f at z*, as if J were 0: u = dL/dz*. No backward solve.
+
+    Cost: one recorded evaluation of f and its activations.
+
+    Source: Fung et al. 2021, *JFB: Jacobian-free backpropagation for implicit networks*.
+
+    Example:
+        >>> JacobianFree()
+        JacobianFree()
+    """
+
+    def unroll(self, f: FixedPointMap, z: Tensor) -> Tensor:
+        return f(z)
+
+
+@dataclass(frozen=True)
+class Phantom(Unrolling):
+    """The gradient through ``steps`` damped steps ``z <- (1 - damping) z + damping f(z)`` from z*, z* held constant.
+
+    That is the adjoint's Neumann series cut after ``steps`` terms: with A = (1 - damping) I + damping J,
+    ``u = damping (I + A^T + ... + (A^T)^(steps - 1)) dL/dz*``, which tends to the implicit gradient where the damped
+    iteration contracts. More steps come closer; damping below 1 keeps the series from growing where J has
+    eigenvalues near -1 or beyond, and shortens the gradient. ``layer(x)`` is z* nevertheless, not the iterate after
+    the steps (which TorchDEQ returns): it is as close to the fixed point as the solve was asked to come.
+
+    Cost: ``steps`` recorded evaluations of f and the activations of all of them; no backward solve, so that
+    ``last_adjoint`` stays None.
+
+    Args:
+        steps: at least 1; 1 is ``JacobianFree`` times ``damping``.
+        damping: in (0, 1]; 1 is ``Unrolled(steps)``.
+
+    Raises:
+        ValueError: for an option outside its limits.
+
+    Source: Geng et al. 2021, *On training implicit models*.
+
+    Example:
+        >>> import torch
+        >>> from deq import DEQ
+        >>> from deq.solvers import Anderson
+        >>> x = torch.tensor([[1.0]], requires_grad=True)
+        >>> DEQ(lambda z, x: 0.5 * z + x, Anderson(tol=1e-6), Phantom(steps=2, damping=0.5))(x).backward()
+        >>> x.grad  # 0.5 (1 + 0.75); the implicit gradient is 1 / (1 - 0.5) = 2
+        tensor([[0.8750]])
+    """
+
+    steps: int = 5
+    damping: float = 0.5
+
+    def __post_init__(self) -> None:
+        _validate_steps(self.steps)
+        if isinstance(self.damping, bool) or not isinstance(self.damping, int | float) or not 0 < self.damping <= 1:
+            raise ValueError(f"damping must be above 0 and at most 1, got {self.damping!r} (1 takes the plain steps)")
+
+    def unroll(self, f: FixedPointMap, z: Tensor) -> Tensor:
+        for _ in range(self.steps):
+            z = torch.lerp(z, f(z), self.damping) if self.damping < 1 else f(z)
+        return z
+
+
+@dataclass(frozen=True)
+class Unrolled(Unrolling):
+    """The gradient through ``steps`` plain evaluations ``z <- f(z)`` from z*, z* held constant.
+
+    Not through the solve: its iterations are never recorded, z0 gets no gradient, and how z* was found does not matter.
+    It is backpropagation through the end of a forward iteration that has converged, cut after ``steps``:
+    ``u = (I + J^T + ... + (J^T)^(steps - 1)) dL/dz*``, the same as ``Phantom(steps, damping=1)``. It tends to the
+    implicit gradient where f contracts. ``layer(x)`` is z*, not the iterate after the steps.
+
+    Cost: ``steps`` recorded evaluations of f and the activations of all of them; no backward solve.
+
+    Args:
+        steps: at least 1; 1 is ``JacobianFree``.
+
+    Raises:
+        ValueError: for an option outside its limits.
+
+    Source: Werbos 1990, *Backpropagation through time: what it does and how to do it* (truncated).
+
+    Example:
+        >>> import torch
+        >>> from deq import DEQ
+        >>> from deq.solvers import Anderson
+        >>> x = torch.tensor([[1.0]], requires_grad=True)
+        >>> DEQ(lambda z, x: 0.5 * z + x, Anderson(tol=1e-6), Unrolled(steps=3))(x).backward()
+        >>> x.grad  # 1 + 0.5 + 0.25
+        tensor([[1.7500]])
+    """
+
+    steps: int = 5
+
+    def __post_init__(self) -> None:
+        _validate_steps(self.steps)
+
+    def unroll(self, f: FixedPointMap, z: Tensor) -> Tensor:
+        return Phantom(self.steps, damping=1.0).unroll(f, z)
+
+
+def _validate_steps(steps: int) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a whole number of evaluations of f, at least 1, got {steps!r}")
+
+
 class _PassThrough(torch.autograd.Function):
-    """The value of z*, the gradient of f(z*)."""
+    """The value of z*, the gradient of what the recorded steps lead to."""
 
     @staticmethod
-    def forward(ctx: Any, f_star: Tensor, z_star: Tensor) -> Tensor:
+    def forward(ctx: Any, unrolled: Tensor, z_star: Tensor) -> Tensor:
         return z_star.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         _refuse_second_derivatives()
         return grads[0], None
+
+
+class _Source(torch.autograd.Function):
+    """z* as the adjoint asks for its gradient. What ``backward`` itself brings here ends here: as a leaf, z* would
+    gather a gradient of its own size that nobody reads.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z_star: Tensor) -> Tensor:
+        return z_star.view_as(z_star)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        return None
+
+
+def _depends_on_more_than_z(f_star: Tensor) -> bool:
+    """Whether a parameter or an input of f is there to have a gradient.
+
+    Ends at the first that is found: few nodes of f are looked at, as a weight comes after the state in most of them.
+    """
+    if f_star.grad_fn is None:
+        return f_star.requires_grad
+    nodes: list[Any] = [f_star.grad_fn]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen or node.name() == f"{_Source.__name__}Backward":
+            continue
+        seen.add(node)
+        if not node.next_functions:
+            return True
+        nodes.extend(parent for parent, _ in node.next_functions)
+    return False
+
+
+def _repeatable_backward() -> contextlib.AbstractContextManager[Any]:
+    """A compiled cell's backward frees what it was given unless it is compiled otherwise, and the adjoint solve asks
+    for many products with one evaluation.
+    """
+    if "torch._functorch.config" not in sys.modules:  # nothing is compiled in this process
+        return contextlib.nullcontext()
+    import torch._functorch.config as functorch_config
+
+    patched: contextlib.AbstractContextManager[Any] = functorch_config.patch(donated_buffer=False)
+    return patched
 
 
 class _Adjoint(torch.autograd.Function):

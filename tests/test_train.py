@@ -176,6 +176,8 @@ MISTAKES = {
     "model.init_std=nan": "model.init_std must be a number above 0, such as 0.01, got nan",
     "model.channels=null": "model.channels must be an integer of at least 1, got null",
     "data.augment=null": "data.augment must be one of none, crop, crop_flip, got null",
+    "gradient=phantom gradient.damping=2": "damping must be above 0 and at most 1, got 2",
+    "gradient=unrolled gradient.steps=0": "steps must be a whole number of evaluations of f, at least 1, got 0",
     "logger.mode=of": "logger.mode must be one of auto, online, offline, disabled, got 'of'",
     "logger.timeout=a": "logger.timeout must be a number of at least 1, in seconds, got 'a'",
     "logger.tags=a": "logger.tags must be a list, such as [first,second], got 'a'",

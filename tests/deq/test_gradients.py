@@ -15,10 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deq import DEQ
-from deq.gradients import Gradient, Implicit, JacobianFree
+from deq.gradients import Gradient, Implicit, JacobianFree, Phantom, Unrolled
 from deq.solvers import Anderson, Forward, Solver
 
 TIGHT = Anderson(window=5, tol=1e-13, max_iter=200)
+GRADIENTS: list[Gradient] = [Implicit(), JacobianFree(), Phantom(steps=4, damping=0.7), Unrolled(steps=3)]
+each_gradient = pytest.mark.parametrize("gradient", GRADIENTS, ids=lambda gradient: type(gradient).__name__.lower())
 
 
 class Cell(nn.Module):
@@ -74,6 +76,126 @@ def test_jacobian_free_is_the_gradient_of_one_step() -> None:
     assert layer.last_adjoint is None
 
 
+def neumann(layer: DEQ, x: Tensor, steps: int, damping: float) -> tuple[Tensor, Tensor]:
+    """Gradients of sum(z*^2) in x and the weight from the series itself: u = damping sum_i (A^T)^i dL/dz*."""
+    with torch.no_grad():
+        z_star = layer(x)
+    u = torch.empty_like(z_star)
+    for sample in range(len(x)):
+        J = torch.func.jacrev(lambda z, s=sample: layer.cell(z, x[s].detach()))(z_star[sample])
+        A = (1 - damping) * torch.eye(len(J), dtype=J.dtype) + damping * J.detach()
+        u[sample] = damping * sum(torch.linalg.matrix_power(A.T, i) @ (2 * z_star[sample]) for i in range(steps))
+    grads: tuple[Tensor, Tensor] = torch.autograd.grad(layer.cell(z_star, x), (x, layer.cell.weight), u)  # type: ignore[union-attr,assignment]
+    return grads
+
+
+@pytest.mark.parametrize(
+    ("gradient", "steps", "damping"),
+    [(Phantom(1, 0.5), 1, 0.5), (Phantom(4, 0.7), 4, 0.7), (Phantom(3, 1.0), 3, 1.0), (Unrolled(3), 3, 1.0)],
+    ids=repr,
+)
+def test_phantom_and_unrolled_are_the_neumann_series_cut_where_they_say(
+    gradient: Gradient, steps: int, damping: float
+) -> None:
+    layer, x = layer_and_input(gradient)
+    layer(x).pow(2).sum().backward()
+    for got, expected in zip((x.grad, layer.cell.weight.grad), neumann(layer, x, steps, damping), strict=True):  # type: ignore[union-attr]
+        torch.testing.assert_close(got, expected)
+    assert layer.last_adjoint is None
+
+
+@pytest.mark.parametrize("gradient", [Phantom(steps=120, damping=0.7), Unrolled(steps=80)], ids=repr)
+def test_with_many_steps_phantom_and_unrolled_become_the_implicit_gradient(gradient: Gradient) -> None:
+    grads = []
+    for kind in (gradient, Implicit()):
+        torch.manual_seed(3)
+        layer, x = layer_and_input(kind)
+        layer(x).pow(2).sum().backward()
+        grads.append((x.grad, layer.cell.weight.grad))  # type: ignore[union-attr]
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_phantom_converges_where_unrolled_grows() -> None:
+    # J = -1.5: the fixed point is found by Anderson, forward iteration leaves it.
+    x = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
+    exact = 1 / 2.5
+    grads = []
+    for gradient in (Phantom(steps=30, damping=0.5), Unrolled(steps=30)):
+        out = DEQ(lambda z, x: -1.5 * z + x, solver=TIGHT, gradient=gradient)(x)
+        grads.append(torch.autograd.grad(out.sum(), x)[0].item())
+    assert grads[0] == pytest.approx(exact, rel=1e-6)
+    assert abs(grads[1]) > 1e3
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Phantom(steps=0), r"steps must be a whole number of evaluations of f, at least 1, got 0"),
+        (lambda: Phantom(steps=2.5), r"steps must be a whole number .*, got 2.5"),  # type: ignore[arg-type]
+        (lambda: Phantom(damping=0.0), r"damping must be above 0 and at most 1, got 0.0 \(1 takes the plain steps\)"),
+        (lambda: Phantom(damping=1.5), r"damping must be above 0 and at most 1, got 1.5"),
+        (lambda: Phantom(damping=float("nan")), r"damping must be above 0 and at most 1, got nan"),
+        (lambda: Unrolled(steps=-1), r"steps must be a whole number .*, at least 1, got -1"),
+        (lambda: Unrolled(steps=True), r"steps must be a whole number .*, got True"),
+    ],
+)
+def test_options_outside_their_limits_are_refused_by_value(make: Callable[[], Gradient], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+class Counting(nn.Module):
+    """A cell that counts its evaluations."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell, self.count = cell, 0
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        self.count += 1
+        result: Tensor = self.cell(z, x)
+        return result
+
+
+def saved_bytes(work: Callable[[], object]) -> int:
+    """Bytes of the tensors that autograd keeps for the backward pass, each storage once."""
+    storages: dict[int, int] = {}
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)  # an address stays one tensor's as long as the tensor lives
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        work()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize(
+    ("gradient", "recorded"),
+    [(Implicit(), 1), (JacobianFree(), 1), (Phantom(4, 0.5), 4), (Unrolled(4), 4), (Unrolled(8), 8)],
+    ids=repr,
+)
+def test_each_gradient_costs_the_evaluations_and_the_memory_that_it_says(gradient: Gradient, recorded: int) -> None:
+    solver = Anderson(tol=1e-4, max_iter=50)
+    cell = Counting(Cell(dim=64))
+    layer = DEQ(cell, solver=solver, gradient=gradient)
+    x = torch.randn(16, 64, dtype=torch.float64)
+    outputs: list[Tensor] = []
+    saved = saved_bytes(lambda: outputs.append(layer(x)))
+    assert layer.last_solution is not None
+    assert cell.count == layer.last_solution.evaluations + recorded
+    outputs[0].sum().backward()
+    assert cell.count == layer.last_solution.evaluations + recorded, "backward evaluates f no more"
+    z, weight = 16 * 64 * 8, 64 * 64 * 8
+    # An evaluation keeps its argument and the tanh's value, which is the next one's argument at damping 1. The weight
+    # is kept once, and only where a product with J is going to be asked for.
+    steps = recorded * (z if isinstance(gradient, Unrolled) else 2 * z)
+    products = weight if recorded > 1 or isinstance(gradient, Implicit) else 0
+    assert steps + products <= saved <= steps + products + z
+
+
 def test_jacobian_free_points_the_same_way_as_implicit() -> None:
     grads = []
     for gradient in (Implicit(), JacobianFree()):
@@ -86,7 +208,7 @@ def test_jacobian_free_points_the_same_way_as_implicit() -> None:
     assert not torch.allclose(grads[0], grads[1])
 
 
-@pytest.mark.parametrize("gradient", [Implicit(), JacobianFree()])
+@each_gradient
 def test_training_and_inference_return_the_same_numbers(gradient: Gradient) -> None:
     layer, x = layer_and_input(gradient, Anderson(tol=1e-2))
     trained = layer(x)
@@ -148,12 +270,18 @@ def test_a_sample_without_gradient_costs_nothing_and_stays_zero() -> None:
     assert torch.equal(x.grad[0], torch.zeros(6, dtype=torch.float64))
 
 
-def test_backward_twice_with_retain_graph() -> None:
-    layer, x = layer_and_input()
+@each_gradient
+def test_backward_twice_with_retain_graph_gives_the_same_gradients_and_without_it_torchs_own_error(
+    gradient: Gradient,
+) -> None:
+    layer, x = layer_and_input(gradient)
     loss = layer(x).pow(2).sum()
-    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
-    (second,) = torch.autograd.grad(loss, x)
-    assert torch.equal(first, second)
+    inputs = (x, layer.cell.weight)  # type: ignore[union-attr]
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)  # type: ignore[arg-type]
+    second = torch.autograd.grad(loss, inputs)  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, inputs)  # type: ignore[arg-type]
 
 
 def test_several_layers_in_one_model() -> None:
@@ -164,8 +292,46 @@ def test_several_layers_in_one_model() -> None:
     assert second.last_adjoint is not None
 
 
-def test_parameters_without_gradient_and_inputs_without_gradient() -> None:
-    layer = DEQ(Cell(), solver=TIGHT)
+class Nested(nn.Module):
+    """A cell that solves a fixed point of its own in every evaluation."""
+
+    def __init__(self, gradient: Gradient) -> None:
+        super().__init__()
+        self.inner = DEQ(Cell(dim=4), solver=TIGHT, gradient=gradient)
+        self.outer = Cell(dim=4)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        result: Tensor = self.outer(0.5 * self.inner(z), x)
+        return result
+
+
+def test_a_layer_inside_the_cell_of_another() -> None:
+    cell = Nested(Implicit())
+    layer = DEQ(cell, solver=Anderson(tol=1e-12, max_iter=100))
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+
+    def f(x: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
+        weights = {"cell.inner.cell.weight": inner, "cell.outer.weight": outer}
+        result: Tensor = torch.func.functional_call(layer, weights, (x,))
+        return result
+
+    assert gradcheck(f, (x, cell.inner.cell.weight, cell.outer.weight), atol=1e-6)  # type: ignore[union-attr]
+
+
+@each_gradient
+def test_every_gradient_passes_a_layer_inside_the_cell_of_another(gradient: Gradient) -> None:
+    cell = Nested(gradient)
+    layer = DEQ(cell, solver=Anderson(tol=1e-10, max_iter=100), gradient=gradient)
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    loss = layer(x).sum()
+    first = torch.autograd.grad(loss, (x, *layer.parameters()), retain_graph=True)
+    second = torch.autograd.grad(loss, (x, *layer.parameters()))
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(first, second, strict=True))
+
+
+@each_gradient
+def test_parameters_without_gradient_and_inputs_without_gradient(gradient: Gradient) -> None:
+    layer = DEQ(Cell(), solver=TIGHT, gradient=gradient)
     x = torch.randn(2, 6, dtype=torch.float64)
     layer(x).sum().backward()
     assert layer.cell.weight.grad is not None  # type: ignore[union-attr]
@@ -175,6 +341,41 @@ def test_parameters_without_gradient_and_inputs_without_gradient() -> None:
     layer(x).sum().backward()
     assert x.grad is not None
     assert layer.cell.weight.grad is None  # type: ignore[union-attr]
+
+
+@each_gradient
+def test_the_output_requires_a_gradient_only_if_something_does(gradient: Gradient) -> None:
+    layer = DEQ(Cell(), solver=TIGHT, gradient=gradient).requires_grad_(False)
+    x = torch.randn(2, 6, dtype=torch.float64)
+    frozen = layer(x)
+    assert not frozen.requires_grad
+    assert layer.last_solution is not None
+    frozen.zero_()
+    assert layer.last_solution.z.any(), "what is returned is the caller's to write to"
+    outer = DEQ(Nested(gradient), solver=TIGHT, gradient=gradient).requires_grad_(False)
+    assert not outer(torch.randn(2, 4, dtype=torch.float64)).requires_grad
+    outer.cell.inner.requires_grad_()  # type: ignore[union-attr]
+    assert outer(torch.randn(2, 4, dtype=torch.float64)).requires_grad
+    assert layer(x.requires_grad_()).requires_grad
+    # A cell whose value is a leaf, and one whose value is z itself.
+    assert DEQ(lambda z, x: x, solver=TIGHT, gradient=gradient)(x).requires_grad
+    assert not DEQ(lambda z, x: z, solver=TIGHT, gradient=gradient)(x).requires_grad
+
+
+def test_the_backward_pass_leaves_no_gradient_at_z() -> None:
+    seen: list[Tensor] = []
+
+    def cell(z: Tensor, x: Tensor) -> Tensor:
+        seen.append(z)
+        return 0.5 * torch.tanh(z) + x
+
+    x = torch.randn(2, 6, requires_grad=True)
+    DEQ(cell)(x).sum().backward()
+    node = seen[-1].grad_fn
+    assert node is not None
+    (leaf,) = [parent.variable for parent, _ in node.next_functions if parent is not None]  # type: ignore[attr-defined]
+    assert leaf.shape == x.shape
+    assert leaf.grad is None
 
 
 def test_a_cell_that_ignores_z() -> None:
@@ -195,12 +396,43 @@ def test_the_output_may_be_modified_in_place() -> None:
     assert x.grad is not None
 
 
-@pytest.mark.parametrize("gradient", [Implicit(), JacobianFree()])
+@each_gradient
 def test_a_second_derivative_is_refused_in_a_sentence(gradient: Gradient) -> None:
     layer, x = layer_and_input(gradient)
     for loss in (layer(x).sum(), layer(x).pow(2).sum()):
         with pytest.raises(RuntimeError, match="no second derivatives: leave out create_graph=True"):
             torch.autograd.grad(loss, x, create_graph=True)
+
+
+@each_gradient
+def test_every_gradient_under_autocast_is_that_in_float32_but_for_rounding(gradient: Gradient) -> None:
+    cell = Cell(dtype=torch.float32)
+    layer = DEQ(cell, solver=Anderson(tol=5e-3, max_iter=30), gradient=gradient)
+    x = torch.randn(16, 6)
+    grads = []
+    for enabled in (False, True):
+        cell.weight.grad = None
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = layer(x)
+        assert out.dtype == torch.float32
+        out.pow(2).sum().backward()
+        assert cell.weight.grad is not None
+        grads.append(cell.weight.grad)
+    assert not torch.equal(*grads)
+    assert (grads[0] - grads[1]).norm() < 0.05 * grads[0].norm()
+
+
+@each_gradient
+def test_every_gradient_passes_a_compiled_cell(gradient: Gradient) -> None:
+    torch.compiler.reset()
+    cell = Cell()
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    grads = []
+    for used in (cell, torch.compile(cell)):
+        loss = DEQ(used, solver=TIGHT, gradient=gradient)(x).pow(2).sum()
+        first = torch.autograd.grad(loss, (x, cell.weight), retain_graph=isinstance(gradient, Implicit))
+        grads.append(first)
+    torch.testing.assert_close(grads[0], grads[1])
 
 
 def test_under_autocast_the_state_stays_float32() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deq.solvers import Solution, Solver, captured
-from deq.solvers.base import FixedPointMap
+from deq.solvers.base import FixedPointMap, on_device
 from deq.solvers.captured import CapturedSolve
 
 MapOf = Callable[[Tensor], FixedPointMap]
@@ -99,9 +99,10 @@ class LayerGraphs:
                 (product,) = torch.autograd.grad(f_star[0], z_here, u, retain_graph=True, materialize_grads=True)
                 return product + b_here
 
-            recorder.warm_up(evaluate)
-            replay = recorder.record(evaluate)
-            replay()
+            with on_device(x.device):
+                recorder.warm_up(evaluate)
+                replay = recorder.record(evaluate)
+                replay()
             # By iterations: autograd launches on the stream that f was recorded on, and the body of a recorded loop
             # is recorded on one of its own.
             return _Adjoint(
@@ -114,7 +115,8 @@ class LayerGraphs:
             recorded.x.copy_(x.detach())
             recorded.z.copy_(z.detach())
             recorded.right_side.copy_(right_side)
-        recorded.evaluate()
+        with on_device(x.device):
+            recorded.evaluate()
         solution = recorded.solve(right_side)
         return replace(solution, sample_evaluations=solution.sample_evaluations + len(right_side))
 

@@ -159,8 +159,7 @@ class Solver(ABC):
             raise ValueError(
                 "compact=True needs restrict=, which gives f for some samples alone (or use compact=False)"
             )
-        # Launches and events belong to the current device, which need not be the state's.
-        with torch.cuda.device(z0.device) if z0.device.type == "cuda" else contextlib.nullcontext():
+        with on_device(z0.device):
             return self._iterate(f, z0, trace, restrict)
 
     def _iterate(self, f: FixedPointMap, z0: Tensor, trace: bool, restrict: Restrict | None) -> Solution:
@@ -204,6 +203,11 @@ class Solver(ABC):
         """() bool: whether the mean test ends the solve. residual, frozen: (B,)."""
         # Samples whose f is not finite are given up and frozen; they do not keep the others from stopping.
         return torch.where(frozen, 0.0, residual).sum() / (~frozen).sum() <= self.tol
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Launches, streams and events belong to the current device, which need not be the state's."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class Books:

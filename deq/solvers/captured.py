@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from .base import FixedPointMap, MovingSamples, Solution, _evaluate
+from .base import FixedPointMap, MovingSamples, Solution, _evaluate, on_device
 
 if TYPE_CHECKING:
     from .base import Solver
@@ -131,37 +131,47 @@ class CapturedSolve:
         self._count = torch.zeros((), dtype=torch.int64, device=z0.device)
         self._going = torch.ones((), dtype=torch.bool, device=z0.device)
         self._replay_solve: Work | None = None
-        recorder.warm_up(self._iterate)
-        if whole and recorder.records_loops:
-            recorder.warm_up(self._finish)
-            try:
-                self._replay_solve = recorder.record(lambda: self._whole(recorder))
-            except RuntimeError as error:
-                # A loop cannot hold all that a graph can, random numbers for one.
-                warnings.warn(f"the loop was not recorded as a whole, but by iterations: {error}", stacklevel=2)
-        if self._replay_solve is None:
-            self._replay_iteration = recorder.record(self._iterate)
+        with on_device(z0.device):
+            recorder.warm_up(self._once)
+            if whole and recorder.records_loops:
+                try:
+                    self._replay_solve = recorder.record(lambda: self._whole(recorder))
+                except RuntimeError as error:
+                    # A loop cannot hold all that a graph can, random numbers for one.
+                    warnings.warn(f"the loop was not recorded as a whole, but by iterations: {error}", stacklevel=2)
+            if self._replay_solve is None:
+                self._replay_iteration = recorder.record(self._iterate)
 
     @property
     def whole(self) -> bool:
         """Whether a solve is a single launch."""
         return self._replay_solve is not None
 
+    def _once(self) -> None:
+        """All that will be recorded, so that nothing is loaded or compiled while it is."""
+        self._begin()
+        self._iterate()
+        self._look()
+        self._finish()
+
+    def _begin(self) -> None:
+        self._iteration.reset()
+        self._count.zero_()
+        self._going.fill_(True)
+
     def _iterate(self) -> None:
         fx = _evaluate(self._f, self._x, self._shape)
         self._iteration.step(self._x, fx, None)
 
     def _look(self) -> None:
+        self._count.add_(1)
         self._going.copy_((~self._iteration.frozen).any() & (self._count < self._solver.max_iter))
 
     def _whole(self, recorder: Recorder) -> None:
-        self._iteration.reset()
-        self._count.zero_()
-        self._going.fill_(True)
+        self._begin()
 
         def body() -> None:
             self._iterate()
-            self._count.add_(1)
             self._look()
 
         recorder.loop(self._going, body)
@@ -173,6 +183,10 @@ class CapturedSolve:
     @torch.no_grad()
     def __call__(self, z0: Tensor) -> Solution:
         """z0: (B, ...), of the shape, dtype and device recorded; not modified. See :meth:`Solver.solve`."""
+        with on_device(z0.device):
+            return self._solve(z0)
+
+    def _solve(self, z0: Tensor) -> Solution:
         self._x.copy_(z0.reshape(self._x.shape))
         if self._replay_solve is not None:
             self._replay_solve()

@@ -73,7 +73,8 @@ class _BroydenIteration(Books):
 
         here, g = x.to(self._dtype), (fx - x).to(self._dtype)
         s, y = here - self._x_before[samples], g - self._g_before[samples]
-        U, V = self._U[samples], self._V[samples]
+        # Views where all samples are here: a copy of both histories would cost more than the rest of the step.
+        U, V = (self._U, self._V) if index is None else (self._U[index], self._V[index])
         By = _combine(U, _products(V, y)) - y
         v = _combine(V, _products(U, s)) - s
         denominator = (s * By).sum(dim=1, keepdim=True)
@@ -86,7 +87,8 @@ class _BroydenIteration(Books):
         keep = ~(usable | stays)
         U[line, slot] = torch.where(usable, u, torch.where(keep, 0.0, U[line, slot]))
         V[line, slot] = torch.where(usable, v, torch.where(keep, 0.0, V[line, slot]))
-        self._U[samples], self._V[samples] = U, V
+        if index is not None:
+            self._U[index], self._V[index] = U, V
         self._x_before[samples] = torch.where(stays, self._x_before[samples], here)
         self._g_before[samples] = torch.where(stays, self._g_before[samples], g)
         p = g - _combine(U, _products(V, g))

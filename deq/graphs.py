@@ -131,11 +131,26 @@ class LayerGraphs:
         return self._recorded[key]
 
 
+class _Same:
+    """Equal to what holds the very same object."""
+
+    def __init__(self, held: object) -> None:
+        self._held = held
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other._held is self._held
+
+    def __hash__(self) -> int:
+        return id(self._held)
+
+
 def _key(cell: object, *tensors: Tensor) -> Hashable:
     modules = list(cell.modules()) if isinstance(cell, nn.Module) else []
     fixed = [tensor for module in modules for kept in (module._parameters, module._buffers) for tensor in kept.values()]
     return (
+        # The cell itself, which the key so keeps alive: another may have the same parameters, or none.
+        _Same(cell),
+        tuple((id(module), module.training) for module in modules),
         tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors),
-        tuple(module.training for module in modules),
         tuple(tensor.data_ptr() for tensor in fixed if tensor is not None),
     )

@@ -179,6 +179,19 @@ def test_a_parameter_that_was_replaced_is_recorded_anew(recorders: list[Replayin
     recorded_anew(change, recorders)
 
 
+def test_another_cell_is_recorded_anew(recorders: list[ReplayingRecorder]) -> None:
+    def change(deq: DEQ) -> None:
+        deq.cell = Cell()
+
+    recorded_anew(change, recorders)
+    deq = DEQ(lambda z, x: 0.5 * z + x, SOLVERS["Forward"], cuda_graph=True)
+    x = torch.ones(2, 3)
+    with torch.no_grad():
+        deq(x)
+        deq.cell = lambda z, x: 0.2 * z + x
+        assert torch.equal(deq(x), DEQ(deq.cell, SOLVERS["Forward"])(x))
+
+
 def test_training_and_evaluation_are_recorded_apart(recorders: list[ReplayingRecorder]) -> None:
     recorded_anew(lambda deq: (deq.eval(), None)[1], recorders)
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from deq.solvers import Solution, Solver, captured
-from deq.solvers.base import FixedPointMap, on_device
+from deq.solvers.base import FixedPointMap
 from deq.solvers.captured import CapturedSolve
+from kernels.state import on_device
 
 MapOf = Callable[[Tensor], FixedPointMap]
 """x -> f, the map z -> cell(z, x)."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 TABLE = Path(__file__).with_name("launch_shapes.json")
 OVERRIDE = "ANDERSON_LAUNCH_SHAPES"
@@ -22,11 +23,6 @@ OVERRIDE = "ANDERSON_LAUNCH_SHAPES"
 
 FUSED_DIM = 4096
 """Elements of a state up to which one program handles a whole sample in one launch."""
-
-
-def next_power_of_two(n: int) -> int:
-    """The least power of two that is at least n, n at least 1."""
-    return 1 << (n - 1).bit_length()
 
 
 Bytes = tuple[int, int]
@@ -48,10 +44,10 @@ def split_shape(
     if found is not None and dim > FUSED_DIM:
         block, warps = found
     else:
-        block = min(1024, max(16, next_power_of_two(dim)))
+        block = min(1024, max(16, triton.next_power_of_2(dim)))
         elements = 16 if window <= 8 and itemsize[0] == itemsize[1] else 8
         warps = max(1, block // elements // warp_size)
-    return block, -(-dim // block), warps
+    return block, triton.cdiv(dim, block), warps
 
 
 def fused_shape(
@@ -61,7 +57,7 @@ def fused_shape(
 
     By rule a sample, which has one program only, is spread over as many threads as 16-byte accesses allow, up to 512.
     """
-    block = max(16, next_power_of_two(dim))
+    block = max(16, triton.next_power_of_2(dim))
     found = _look_up(device, fused_key(block, window, itemsize))
     if found is not None:
         return block, found[1]
@@ -71,12 +67,12 @@ def fused_shape(
 
 def split_key(window: int, itemsize: Bytes) -> str:
     """The entry for the two-launch update."""
-    return f"split, {next_power_of_two(window)} rows, {_bytes(itemsize)}"
+    return f"split, {triton.next_power_of_2(window)} rows, {_bytes(itemsize)}"
 
 
 def fused_key(block: int, window: int, itemsize: Bytes) -> str:
     """The entry for the one-launch update of states of up to ``block`` elements, a power of two."""
-    return f"fused, {block} elements, {next_power_of_two(window)} rows, {_bytes(itemsize)}"
+    return f"fused, {block} elements, {triton.next_power_of_2(window)} rows, {_bytes(itemsize)}"
 
 
 def _bytes(itemsize: Bytes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +13,11 @@ from torch import Tensor
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The least dtype in which sums over d are taken: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Launches, streams and events belong to the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def residual_of_norms(g_norm: Tensor, f_norm: Tensor, dtype: torch.dtype) -> Tensor:

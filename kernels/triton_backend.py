@@ -14,7 +14,6 @@ sample: every iteration is the same launch, which a CUDA graph can replay.
 """
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from .launch import FUSED_DIM, device_key, fused_shape, split_shape
-from .state import WindowState, accumulator_dtype, residual_of_norms
+from .state import WindowState, accumulator_dtype, on_device, residual_of_norms
 
 MAX_WINDOW = 32
 """Rows that the solve in registers is built for (a tile of MAX_WINDOW^2 float64 over one or two warps)."""
@@ -487,11 +486,6 @@ INTERPRETED = isinstance(_push, InterpretedFunction)
 _TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 _device_key = functools.cache(device_key)
 
 
@@ -542,7 +536,7 @@ class TritonBackend:
         books = (state.row_residual, state.weights, state.residual, frozen, state.iterations)
         samples = frozen if index is None else index  # a pointer that is not read where there is no index
         undamped = state.beta == 1.0
-        with _on(x.device):
+        with on_device(x.device):
             if fused:
                 _update[(x.shape[0],)](
                     *(x, fx, out, state.G, state.Y, state.H, *books, samples),
@@ -586,7 +580,7 @@ class TritonBackend:
         block, blocks, warps = split_shape(dim, warp_size=_warp_size(x.device))
         dtype = accumulator_dtype(x.dtype)
         partial = torch.empty(batch_size, blocks, 2, device=x.device, dtype=torch.float64)
-        with _on(x.device):
+        with on_device(x.device):
             _residual_partials[(batch_size * blocks,)](
                 x, fx, partial, dim, blocks, ACCUMULATOR=_TL_DTYPE[dtype], BLOCK=block, num_warps=warps
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import residual_norm
-from kernels.state import accumulator_dtype
+from kernels.state import accumulator_dtype, on_device
 
 Stop = Literal["max", "mean"]
 FixedPointMap = Callable[[Tensor], Tensor]
@@ -203,11 +202,6 @@ class Solver(ABC):
         """() bool: whether the mean test ends the solve. residual, frozen: (B,)."""
         # Samples whose f is not finite are given up and frozen; they do not keep the others from stopping.
         return torch.where(frozen, 0.0, residual).sum() / (~frozen).sum() <= self.tol
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Launches, streams and events belong to the current device, which need not be the state's."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class Books:

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from .base import FixedPointMap, MovingSamples, Solution, _evaluate, on_device
+from kernels.state import on_device
+
+from .base import FixedPointMap, MovingSamples, Solution, _evaluate
 
 if TYPE_CHECKING:
     from .base import Solver

@@ -37,28 +37,31 @@ SolveAdjoint = Callable[[Solver, Tensor, Tensor], Solution]
 """(solver, z, b), z and b (B, ...) -> the solution of u = J^T u + b with J = df/dz at z, from u = b."""
 
 
+@dataclass(frozen=True)
+class Backward:
+    """What a layer gives its gradient for a backward solve."""
+
+    solver: Solver
+    """The layer's own, for gradients that need one and were given none."""
+    record: Record
+    """Called with the account of the backward solve, if there is one, during ``backward``."""
+    restrict: Restrict | None = None
+    """f for some samples alone, for solvers that compact; what it closes over is detached."""
+    solve_adjoint: SolveAdjoint | None = None
+    """The backward solve as recorded graphs; None: products with the recorded evaluation of f."""
+
+
 class Gradient(ABC):
     """How the gradient with respect to z* reaches the parameters and the input of f."""
 
     @abstractmethod
-    def attach(
-        self,
-        f: FixedPointMap,
-        z_star: Tensor,
-        solver: Solver,
-        record: Record,
-        restrict: Restrict | None = None,
-        solve_adjoint: SolveAdjoint | None = None,
-    ) -> Tensor:
+    def attach(self, f: FixedPointMap, z_star: Tensor, backward: Backward) -> Tensor:
         """Returns z*, (B, ...), with a gradient.
 
         Args:
             f: the map, differentiable in whatever it closes over.
-            restrict: f for some samples alone, for solvers that compact; what it closes over is detached.
             z_star: (B, ...) the fixed point, detached.
-            solver: the layer's own solver, for gradients that need one and were given none.
-            solve_adjoint: the backward solve as recorded graphs; None: products with the recorded evaluation of f.
-            record: called with the account of the backward solve, if there is one, during ``backward``.
+            backward: what a backward solve needs.
         """
 
 
@@ -84,21 +87,13 @@ class Implicit(Gradient):
 
     solver: Solver | None = None
 
-    def attach(
-        self,
-        f: FixedPointMap,
-        z_star: Tensor,
-        solver: Solver,
-        record: Record,
-        restrict: Restrict | None = None,
-        solve_adjoint: SolveAdjoint | None = None,
-    ) -> Tensor:
-        with torch.enable_grad(), _repeatable_backward():
+    def attach(self, f: FixedPointMap, z_star: Tensor, backward: Backward) -> Tensor:
+        with torch.enable_grad():
             z = _Source.apply(z_star.detach().requires_grad_())
-            f_star = f(z)
+        f_star = recorded(f, z)
         if not _depends_on_more_than_z(f_star):
             return z_star.clone()
-        result: Tensor = _Adjoint.apply(f_star, z, z_star, self.solver or solver, record, restrict, solve_adjoint)
+        result: Tensor = _Adjoint.apply(f_star, z, z_star, self.solver or backward.solver, backward)
         return result
 
 
@@ -109,15 +104,7 @@ class Unrolling(Gradient):
     def unroll(self, f: FixedPointMap, z: Tensor) -> Tensor:
         """What the steps from z, (B, ...) and detached, lead to; recorded where autograd is on."""
 
-    def attach(
-        self,
-        f: FixedPointMap,
-        z_star: Tensor,
-        solver: Solver,
-        record: Record,
-        restrict: Restrict | None = None,
-        solve_adjoint: SolveAdjoint | None = None,
-    ) -> Tensor:
+    def attach(self, f: FixedPointMap, z_star: Tensor, backward: Backward) -> Tensor:
         with torch.enable_grad():
             unrolled = self.unroll(f, z_star.detach())
         result: Tensor = _PassThrough.apply(unrolled, z_star)
@@ -277,6 +264,12 @@ def _depends_on_more_than_z(f_star: Tensor) -> bool:
     return False
 
 
+def recorded(f: FixedPointMap, z: Tensor) -> Tensor:
+    """f(z), recorded so that many products can be taken with it."""
+    with torch.enable_grad(), _repeatable_backward():
+        return f(z)
+
+
 def _repeatable_backward() -> contextlib.AbstractContextManager[Any]:
     """A compiled cell's backward frees what it was given unless it is compiled otherwise, and the adjoint solve asks
     for many products with one evaluation.
@@ -293,24 +286,16 @@ class _Adjoint(torch.autograd.Function):
     """The value of z*; on the way back, solves for u and hands it to f(z*)."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        f_star: Tensor,
-        z: Tensor,
-        z_star: Tensor,
-        solver: Solver,
-        record: Record,
-        restrict: Restrict | None,
-        solve_adjoint: SolveAdjoint | None,
-    ) -> Tensor:
+    def forward(ctx: Any, f_star: Tensor, z: Tensor, z_star: Tensor, solver: Solver, backward: Backward) -> Tensor:
         ctx.save_for_backward(f_star, z)
-        ctx.solver, ctx.record, ctx.restrict, ctx.solve_adjoint = solver, record, restrict, solve_adjoint
+        ctx.solver, ctx.layer = solver, backward
         return z_star.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         _refuse_second_derivatives()
         f_star, z = ctx.saved_tensors
+        layer: Backward = ctx.layer
         scale = _power_of_two_norm(grads[0])
         right_side = grads[0] / scale
 
@@ -319,21 +304,23 @@ class _Adjoint(torch.autograd.Function):
         def restrict(index: Tensor) -> FixedPointMap:
             # The products of some samples alone need an evaluation recorded for these alone.
             nonlocal recorded_again
+            assert layer.restrict is not None
             z_part = z.detach()[index].requires_grad_()
-            with torch.enable_grad():
-                f_part = ctx.restrict(index)(z_part)
+            f_part = recorded(layer.restrict(index), z_part)
             recorded_again += len(index)
-            return _adjoint_map(f_part, z_part, right_side[index])
+            return adjoint_map(f_part, z_part, right_side[index])
 
-        if ctx.solve_adjoint is not None:
-            solution = ctx.solve_adjoint(ctx.solver, z, right_side)
+        if layer.solve_adjoint is not None:
+            solution = layer.solve_adjoint(ctx.solver, z, right_side)
         else:
             solution = ctx.solver.solve(
-                _adjoint_map(f_star, z, right_side), right_side, restrict=restrict if ctx.restrict is not None else None
+                adjoint_map(f_star, z, right_side),
+                right_side,
+                restrict=restrict if layer.restrict is not None else None,
             )
         u = solution.z * scale
-        ctx.record(replace(solution, z=u, sample_evaluations=solution.sample_evaluations + recorded_again))
-        return u, None, None, None, None, None, None
+        layer.record(replace(solution, z=u, sample_evaluations=solution.sample_evaluations + recorded_again))
+        return u, None, None, None, None
 
 
 def _refuse_second_derivatives() -> None:
@@ -342,16 +329,16 @@ def _refuse_second_derivatives() -> None:
         raise RuntimeError("a DEQ layer has no second derivatives: leave out create_graph=True")
 
 
-def _adjoint_map(f_star: Tensor, z: Tensor, right_side: Tensor) -> FixedPointMap:
+def adjoint_map(f_star: Tensor, z: Tensor, right_side: Tensor) -> FixedPointMap:
     """u -> J^T u + right side, with J = df/dz where f_star = f(z) was recorded."""
 
-    def adjoint_map(u: Tensor) -> Tensor:
+    def mapped(u: Tensor) -> Tensor:
         # Only z is asked for, so that no weight gradient is computed here. A cell that does not use z has J = 0.
         product: Tensor
         (product,) = torch.autograd.grad(f_star, z, u, retain_graph=True, materialize_grads=True)
         return product + right_side
 
-    return adjoint_map
+    return mapped
 
 
 def _power_of_two_norm(v: Tensor) -> Tensor:

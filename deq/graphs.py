@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from deq.gradients import adjoint_map, recorded
 from deq.solvers import Solution, Solver, captured
 from deq.solvers.base import FixedPointMap
 from deq.solvers.captured import CapturedSolve
@@ -40,7 +41,7 @@ class _Adjoint:
 class LayerGraphs:
     """The most recently used recorded solves of one layer.
 
-    A recording belongs to one shape, dtype and stride of x and z, to one solver, to the training flags of the cell
+    A recording belongs to one shape, dtype and stride of x and z, to one solver, to one cell and its training flags,
     and to the places in memory of its parameters and buffers; whatever else the cell reads must be a tensor that stays
     where it is. Parameters that an optimiser updates in place need no new recording.
 
@@ -73,10 +74,10 @@ class LayerGraphs:
             here = x.detach().clone()
             return _Forward(here, CapturedSolve(solver, map_of(here), z0.detach(), captured.recorder_for(x.device)))
 
-        recorded = self._get(("forward", solver, mode, _key(cell, x, z0)), record)
-        assert isinstance(recorded, _Forward)
-        recorded.x.copy_(x.detach())
-        return recorded.solve(z0.detach())
+        kept = self._get(("forward", solver, mode, _key(cell, x, z0)), record)
+        assert isinstance(kept, _Forward)
+        kept.x.copy_(x.detach())
+        return kept.solve(z0.detach())
 
     def solve_adjoint(
         self, solver: Solver, map_of: MapOf, cell: object, x: Tensor, z: Tensor, right_side: Tensor, mode: Hashable
@@ -93,12 +94,7 @@ class LayerGraphs:
             f_star: list[Tensor] = []
 
             def evaluate() -> None:
-                with torch.enable_grad():
-                    f_star[:] = [f(z_here)]
-
-            def adjoint_map(u: Tensor) -> Tensor:
-                (product,) = torch.autograd.grad(f_star[0], z_here, u, retain_graph=True, materialize_grads=True)
-                return product + b_here
+                f_star[:] = [recorded(f, z_here)]
 
             with on_device(x.device):
                 recorder.warm_up(evaluate)
@@ -106,19 +102,20 @@ class LayerGraphs:
                 replay()
             # By iterations: autograd launches on the stream that f was recorded on, and the body of a recorded loop
             # is recorded on one of its own.
+            products = adjoint_map(f_star[0], z_here, b_here)
             return _Adjoint(
-                x_here, z_here, b_here, replay, CapturedSolve(solver, adjoint_map, right_side, recorder, whole=False)
+                x_here, z_here, b_here, replay, CapturedSolve(solver, products, right_side, recorder, whole=False)
             )
 
-        recorded = self._get(("adjoint", solver, mode, _key(cell, x, z)), record)
-        assert isinstance(recorded, _Adjoint)
+        kept = self._get(("adjoint", solver, mode, _key(cell, x, z)), record)
+        assert isinstance(kept, _Adjoint)
         with torch.no_grad():
-            recorded.x.copy_(x.detach())
-            recorded.z.copy_(z.detach())
-            recorded.right_side.copy_(right_side)
+            kept.x.copy_(x.detach())
+            kept.z.copy_(z.detach())
+            kept.right_side.copy_(right_side)
         with on_device(x.device):
-            recorded.evaluate()
-        solution = recorded.solve(right_side)
+            kept.evaluate()
+        solution = kept.solve(right_side)
         return replace(solution, sample_evaluations=solution.sample_evaluations + len(right_side))
 
     def _get(self, key: Hashable, record: Callable[[], _Forward | _Adjoint]) -> _Forward | _Adjoint:

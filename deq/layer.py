@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from deq.gradients import Gradient, Implicit
+from deq.gradients import Backward, Gradient, Implicit
 from deq.graphs import LayerGraphs
 from deq.solvers import Anderson, Solution, Solver
 from deq.solvers.base import FixedPointMap
@@ -135,7 +135,7 @@ class DEQ(nn.Module):
                 self.last_adjoint = adjoint
 
         replayed = solve_adjoint if self.cuda_graph else None
-        return self.gradient.attach(f, solution.z, self.solver, record, restrict=given, solve_adjoint=replayed)
+        return self.gradient.attach(f, solution.z, Backward(self.solver, record, given, replayed))
 
     def _versions(self, x: Tensor) -> list[tuple[int, int]]:
         """What tells whether tensors are the same and unchanged (inference tensors count nothing: left out)."""

@@ -16,7 +16,6 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from deq.compiling import compile_cell
 from deq.data import Batches
 from deq.display import Display
 from deq.errors import UserError, first_line
@@ -96,7 +95,7 @@ class Trainer:
         if compile:
             cell = model.deq.cell
             assert isinstance(cell, nn.Module)
-            compile_cell(cell)
+            cell.compile()
 
     @property
     def _adjoint_solver(self) -> Solver | None:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.history --cell CELL.npz [CELL.npz ...]
 
-The update is written out here in plain PyTorch (``kernels.naive``'s formula, float32 state, m x m in float64), so that
-forms the library does not have can be tried beside the one that it has:
+The update is written out here in plain PyTorch (float32 state, weights by ``kernels.naive`` in float64), so that forms
+the library does not have can be tried beside the one that it has:
 
 - ``residual rows``: g_i rounded, y_i not. ``AndersonWindow(history_dtype=torch.bfloat16)``.
 - ``both rows``: g_i and y_i rounded.
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.record import RESULTS, default_device, show_and_save
 from benchmarks.solve import Problem, affine_problem, cell_problems
+from kernels.naive import anderson_weights
 
 FORMS: dict[str, Callable[[int], float]] = {
     "float32": lambda m: 2 * m + 4.0,
@@ -45,7 +46,6 @@ def residuals(problem: Problem, form: str, m: int, cap: int, tol: float) -> Tens
     x = problem.z0.clone()
     batch, dim = x.shape
     G, Y = x.new_zeros(2, batch, m, dim)
-    H = torch.zeros(batch, m, m, dtype=torch.float64, device=x.device)
     y_before = torch.zeros_like(x)
     seen: list[Tensor] = []
     met = torch.zeros(batch, dtype=torch.bool, device=x.device)
@@ -60,13 +60,7 @@ def residuals(problem: Problem, form: str, m: int, cap: int, tol: float) -> Tens
         G[:, slot] = g if form == "float32" else rounded(g)
         Y[:, slot] = {"both rows": rounded(y), "differences": rounded(y - y_before)}.get(form, y)
         y_before = y
-        h = (G[:, :filled].double() * G[:, slot, None].double()).sum(dim=2)
-        H[:, slot, :filled] = H[:, :filled, slot] = h
-        S = torch.diagonal(H[:, :filled, :filled], dim1=1, dim2=2).rsqrt()
-        A = S[:, :, None] * H[:, :filled, :filled] * S[:, None, :]
-        A.diagonal(dim1=1, dim2=2).add_(1e-6)
-        w = S * torch.linalg.solve_ex(A, S).result
-        alpha = (w / w.sum(dim=1, keepdim=True)).to(x.dtype)
+        alpha = anderson_weights(G[:, :filled]).to(x.dtype)
         if form != "differences":
             x = torch.bmm(alpha[:, None], Y[:, :filled]).squeeze(1)
             continue

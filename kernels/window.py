@@ -103,8 +103,8 @@ class AndersonWindow:
         device: where the history lives (2 m B d elements); default: PyTorch's default device.
         dtype: of states and history: float64, float32, bfloat16 or float16.
         history_dtype: of the residual rows g_i, which only weigh the mixed rows: ``torch.bfloat16`` for a float32
-            state moves and stores half of them and costs hardly an iteration (README, design notes), but ``residual`` is
-            then that of the rounded row, and what :meth:`best` returns is exact to 2^-9 of its g. The mixed rows
+            state moves and stores half of them and costs hardly an iteration (README, design notes), but ``residual``
+            is then that of the rounded row, and what :meth:`best` returns is exact to 2^-9 of its g. The mixed rows
             stay in ``dtype``: rounded, they would keep the iterates away from the solution. Default: ``dtype``.
         backend: ``auto``, ``triton``, ``native`` or ``torch``.
         regularization: ``scaled`` puts the Gram matrix to unit diagonal before ``ridge`` is added, so that rescaling

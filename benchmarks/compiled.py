@@ -114,8 +114,9 @@ def compile_kernel(
             signature[name] = "*" + (state if name in of_state else rows if name == "G_ptr" else kind)
         else:
             signature[name] = "fp64" if name in ("beta", "tol", "ridge") else "i32"
-        # What the launcher finds at run time: allocations are aligned, and the dim is a multiple of 16.
-        if name.endswith("_ptr") or (name == "dim" and dim % 16 == 0):
+        # What the launcher finds at run time: allocations are aligned, rows of the history padded, and the dim may be
+        # a multiple of 16.
+        if name.endswith("_ptr") or name == "stride" or (name == "dim" and dim % 16 == 0):
             attributes[(position,)] = [["tt.divisibility", 16]]
     names = [parameter.name for parameter in function.params]
     source = ASTSource(

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.peers import installed
 from benchmarks.record import RESULTS, default_device, device_name, folder_of, seconds, show_and_save
-from benchmarks.update import Elementwise, eager_update, seconds_repeated
+from benchmarks.update import Elementwise, copy_of, eager_update, seconds_repeated
 from kernels import AndersonWindow
 
 WINDOWS = (2, 3, 5, 8, 10, 16)  # TorchDEQ has no window of 1
@@ -42,8 +42,7 @@ def units(window: int) -> int:
 
 def measures(window: int, batch: int, dim: int, device: torch.device, iterations: int) -> dict[str, Measure]:
     """What is timed for one window."""
-    source = torch.randn((window + 2) * batch * dim, device=device)
-    target = torch.empty_like(source)
+    copy = copy_of((window + 2) * batch * dim, device)
     state = AndersonWindow(batch, dim, window=window, device=device)
     xs = [torch.randn(batch, dim, device=device) for _ in range(3)]
     out = torch.empty_like(xs[0])
@@ -57,7 +56,7 @@ def measures(window: int, batch: int, dim: int, device: torch.device, iterations
         step()
     X, F = torch.randn(2, batch, window, dim, device=device)
     found: dict[str, Measure] = {
-        FLOOR: lambda: seconds_repeated(lambda: target.copy_(source), device),
+        FLOOR: lambda: seconds_repeated(copy, device),
         OURS: lambda: seconds_repeated(step, device),
         "formula in eager PyTorch": lambda: seconds_repeated(lambda: eager_update(X, F), device),
     }

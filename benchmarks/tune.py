@@ -83,33 +83,38 @@ def main() -> None:
     device = default_device()
     if device.type != "cuda" and not options.dry_run:
         parser.error("torch finds no CUDA or ROCm device to tune for; --dry-run tries the command on a CPU")
-    name = launch.device_key(device)
+    name, lanes = launch.device_key(device), launch.warp_size(device)
     table = launch._table()
     table[name] = {}
     batch: int = options.batch
     dims: tuple[int, ...] = FUSED_DIMS
     if options.dry_run:
         batch, dims, options.rounds = 2, (256,), 1
-        options.dim, options.windows = launch.FUSED_DIM + 512, options.windows[:1]
+        options.windows = options.windows[:1]
+        options.dim = launch.fused_dim(options.windows[0]) + 512
     rows: list[list[object]] = []
     for dtype_name in options.dtypes:
         dtype = DTYPES[dtype_name]
         itemsize = (dtype.itemsize, dtype.itemsize)
         for window in options.windows:
             problems = [("split", options.dim, launch.split_key(window, itemsize))]
-            problems += [("fused", dim, launch.fused_key(dim, window, itemsize)) for dim in dims]
+            problems += [
+                ("fused", dim, launch.fused_key(dim, window, itemsize))
+                for dim in dims
+                if dim <= launch.fused_dim(window, itemsize)
+            ]
             for kind, dim, key in problems:
                 if kind == "split":
-                    block, _, warps = launch.split_shape(dim, window, itemsize=itemsize)
+                    block, _, warps = launch.split_shape(dim, window, lanes, itemsize=itemsize)
                     candidates = [
-                        (b, b // (32 * e))
+                        (b, b // (lanes * e))
                         for b in SPLIT_BLOCKS
                         for e in ELEMENTS_OF_A_THREAD
-                        if 1 <= b // (32 * e) <= 16
+                        if 1 <= b // (lanes * e) <= 16
                     ]
                 else:
-                    block, warps = launch.fused_shape(dim, window, itemsize=itemsize)
-                    candidates = [(block, w) for w in (1, 2, 4, 8, 16) if block // (32 * w) >= 1]
+                    block, warps = launch.fused_shape(dim, window, lanes, itemsize=itemsize)
+                    candidates = [(block, w) for w in (1, 2, 4, 8, 16) if block // (lanes * w) >= 1]
                 if options.dry_run:
                     candidates = candidates[:2]
                 measure = partial(step_time, batch, dim, window, dtype, device)

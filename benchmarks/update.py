@@ -31,6 +31,7 @@ from deq.models.classifier import ResidualCell
 from deq.solvers import Anderson, Forward
 from deq.solvers.captured import CapturedSolve, recorder_for
 from kernels import AndersonWindow
+from kernels.history import ask_for_large_pages
 
 PEERS = {"torchdeq": "TorchDEQ anderson_solver", "aa": "SCS aa (type II)"}
 PEER_NAMES = (*PEERS, "jaxopt")
@@ -50,6 +51,16 @@ def seconds_repeated(work: Work, device: torch.device) -> float:
             work()
 
     return seconds(repeated, device) / REPEATS
+
+
+def copy_of(elements: int, device: torch.device) -> Work:
+    """Copies float32 elements, between pages as large as those of a window's history."""
+    source, target = torch.empty(2, elements, device=device)
+    if device.type == "cpu":
+        ask_for_large_pages(source)
+        ask_for_large_pages(target)
+    source.normal_()
+    return lambda: target.copy_(source)
 
 
 class Elementwise:
@@ -149,8 +160,7 @@ def main() -> None:
     f = Elementwise(batch, dim, device, torch.float32)
     z0 = torch.zeros_like(f.shift)
     unit = batch * dim * 4
-    source = torch.randn((m + 2) * batch * dim, device=device)
-    target = torch.empty_like(source)
+    copy = copy_of((m + 2) * batch * dim, device)
 
     def repeat_f() -> None:
         z = z0
@@ -176,7 +186,7 @@ def main() -> None:
     evaluate_cell = papers_cell(batch, device) if dim == CELL_DIM else None
     X, F = torch.randn(batch, m, dim, device=device), torch.randn(batch, m, dim, device=device)
     measures: dict[str, Callable[[], float]] = {
-        f"copy floor, {2 * m + 4} units": lambda: seconds_repeated(lambda: target.copy_(source), device),
+        f"copy floor, {2 * m + 4} units": lambda: seconds_repeated(copy, device),
         "AndersonWindow.step": lambda: seconds_repeated(one_step, device),
         "Anderson (ours), overhead in a solve": overhead(
             lambda f, z, tol, cap, w: Anderson(window=w, tol=tol, max_iter=cap).solve(f, z).z

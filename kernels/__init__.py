@@ -1,5 +1,6 @@
 """The hot loops of Anderson acceleration: torch and triton only, no neural networks."""
 
-from .window import AndersonWindow, BackendName, Regularization, residual_norm
+from .state import BackendName
+from .window import AndersonWindow, Regularization, residual_norm
 
 __all__ = ["AndersonWindow", "BackendName", "Regularization", "residual_norm"]

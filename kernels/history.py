@@ -32,7 +32,7 @@ def allocate(owner: object, size: int, device: torch.device) -> Tensor:
         history = kept
     else:
         history = torch.empty(size, dtype=torch.uint8)
-        _ask_for_large_pages(history)
+        ask_for_large_pages(history)
     # Inference tensors cannot be written to outside inference mode, so that they are not passed on.
     if not history.is_inference():
         weakref.finalize(owner, _keep, history)
@@ -49,8 +49,10 @@ _MADV_HUGEPAGE = 14
 _LARGE_PAGE = 2 << 20
 
 
-def _ask_for_large_pages(history: Tensor) -> None:
-    """Linux's madvise, on the large pages that lie wholly within; what it answers does not matter."""
+def ask_for_large_pages(history: Tensor) -> None:
+    """Linux's madvise, on the large pages that lie wholly within a fresh tensor of the CPU; what it answers does not
+    matter.
+    """
     first = -(-history.data_ptr() // _LARGE_PAGE) * _LARGE_PAGE
     end = (history.data_ptr() + history.nbytes) // _LARGE_PAGE * _LARGE_PAGE
     if sys.platform != "linux" or end <= first:

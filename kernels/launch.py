@@ -21,9 +21,6 @@ TABLE = Path(__file__).with_name("launch_shapes.json")
 OVERRIDE = "ANDERSON_LAUNCH_SHAPES"
 """Environment variable: a file to read instead of TABLE."""
 
-FUSED_DIM = 4096
-"""Elements of a state up to which one program handles a whole sample in one launch."""
-
 
 Bytes = tuple[int, int]
 """Of an element of the state, and of a residual row."""
@@ -31,21 +28,38 @@ Bytes = tuple[int, int]
 FP32: Bytes = (4, 4)
 
 
+_LARGEST_FUSED = 4096
+_FUSED_THREADS = 512
+_ROW_REGISTERS = 80
+"""Of a thread's 128, where there are _FUSED_THREADS of them: for the rows of the history that are on their way."""
+
+
+def fused_dim(window: int, itemsize: Bytes = FP32) -> int:
+    """Elements of a state up to which one program handles a whole sample in one launch, a power of two.
+
+    Such a program has x, f, g, y and all rows of the window in its registers, or on their way there: beyond this, the
+    compiler spills (tests/kernels/test_compiled.py).
+    """
+    fitting = _FUSED_THREADS * _ROW_REGISTERS * 4 // (window * max(itemsize))
+    return min(_LARGEST_FUSED, 1 << (fitting.bit_length() - 1))
+
+
 def split_shape(
     dim: int, window: int = 1, warp_size: int = 32, *, itemsize: Bytes = FP32, device: str = ""
 ) -> tuple[int, int, int]:
     """(BLOCK elements of a program, blocks of a sample, warps of a program) for a state of ``dim`` elements.
 
-    By rule a thread handles 16 elements for up to 8 rows and 8 beyond: all rows of a block are in flight at once in
-    ``_mix``, and this keeps it clear of 255 registers and of spills, at 16 bytes an access for every dtype. 8 also
-    where the residual rows are narrower than the state: with 16, ``_push`` spills on NVIDIA 80.
+    By rule a thread handles 16 elements for up to 8 rows and 8 beyond, half of that in float64: all rows of a block are
+    in flight at once in ``_mix``, and this keeps it clear of 255 registers and of spills, at 16 bytes an access for
+    every dtype. 8 also where the residual rows are narrower than the state: with 16, ``_push`` spills on NVIDIA 80.
     """
     found = _look_up(device, split_key(window, itemsize))
-    if found is not None and dim > FUSED_DIM:
+    if found is not None and dim > fused_dim(window, itemsize):
         block, warps = found
     else:
         block = min(1024, max(16, triton.next_power_of_2(dim)))
         elements = 16 if window <= 8 and itemsize[0] == itemsize[1] else 8
+        elements = elements // 2 if itemsize[0] == 8 else elements
         warps = max(1, block // elements // warp_size)
     return block, triton.cdiv(dim, block), warps
 
@@ -55,13 +69,14 @@ def fused_shape(
 ) -> tuple[int, int]:
     """(BLOCK elements of a program, warps of it) for ``_update`` on a state of ``dim`` elements.
 
-    By rule a sample, which has one program only, is spread over as many threads as 16-byte accesses allow, up to 512.
+    By rule a sample, which has one program only, is spread over as many threads as 16-byte accesses allow, up to
+    _FUSED_THREADS.
     """
     block = max(16, triton.next_power_of_2(dim))
     found = _look_up(device, fused_key(block, window, itemsize))
     if found is not None:
         return block, found[1]
-    threads = min(512, block * min(itemsize) // 16)
+    threads = min(_FUSED_THREADS, block * min(itemsize) // 16)
     return block, max(1, threads // warp_size)
 
 
@@ -114,3 +129,12 @@ def check_table(table: Any, where: str) -> None:
 def device_key(device: torch.device) -> str:
     """The name under which a device's shapes are kept; of a CPU, which has none, the empty string."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
+@functools.cache
+def warp_size(device: torch.device) -> int:
+    """Threads of a warp: 32, or 64 on AMD's data center devices."""
+    if device.type != "cuda":
+        return 32  # the interpreter, to which it makes no difference
+    size: int = torch.cuda.get_device_properties(device).warp_size
+    return size

@@ -32,9 +32,10 @@ constexpr int64_t CACHED = 64 << 20;   // bytes of history that caches may hold:
 extern "C" {
 
 // Mirrors native_backend._Window, field by field. Pointers as in kernels.state.WindowState; H is double, the other
-// floating-point fields are of the state's own type; G may be in bfloat16. row_bytes: of an element of G.
+// floating-point fields are of the state's own type; G may be in bfloat16. stride: elements from one row of G or Y to
+// the next. row_bytes: of an element of G.
 struct Window {
-    int64_t batch, window, dim, scaled, row_bytes;
+    int64_t batch, window, dim, stride, scaled, row_bytes;
     double beta, tol, ridge;
     void *G, *Y, *H, *row_residual, *weights, *residual, *frozen, *iterations;
 };
@@ -116,11 +117,11 @@ struct Sample {
         : x(static_cast<const T*>(x_) + p * w.dim),
           f(static_cast<const T*>(f_) + p * w.dim),
           out(static_cast<T*>(out_) + p * w.dim),
-          Y(static_cast<T*>(w.Y) + b * w.window * w.dim),
+          Y(static_cast<T*>(w.Y) + b * w.window * w.stride),
           row_residual(static_cast<T*>(w.row_residual) + b * w.window),
           weights(static_cast<T*>(w.weights) + b * w.window),
           residual(static_cast<T*>(w.residual) + b),
-          G(static_cast<R*>(w.G) + b * w.window * w.dim),
+          G(static_cast<R*>(w.G) + b * w.window * w.stride),
           H(static_cast<double*>(w.H) + b * w.window * w.window),
           frozen(static_cast<uint8_t*>(w.frozen) + b),
           iterations(static_cast<int32_t*>(w.iterations) + b) {}
@@ -177,9 +178,9 @@ void push(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled, 
         const int64_t n = std::min(BLOCK, end - at);
         const T* __restrict x = s.x + at;
         const T* __restrict f = s.f + at;
-        R* const g_row = s.G + slot * w.dim + at;
+        R* const g_row = s.G + slot * w.stride + at;
         T* __restrict g = in_place ? reinterpret_cast<T*>(g_row) : buffer;
-        T* __restrict y = s.Y + slot * w.dim + at;
+        T* __restrict y = s.Y + slot * w.stride + at;
         // The norms in double: squares of 1e-20 are zero in float, and a residual of zero would pass for converged.
         double gg = 0, ff = 0;
 #pragma omp simd reduction(+ : gg, ff)
@@ -209,7 +210,7 @@ void push(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled, 
         int k = 0;
         for (int64_t i = 0; i < filled; ++i) {
             if (i == slot) continue;
-            rows[k] = s.G + i * w.dim + at;
+            rows[k] = s.G + i * w.stride + at;
             into[k++] = sums + i;
             if (k == 4) {
                 dot<4>(g, rows, n, into);
@@ -286,11 +287,11 @@ bool finish(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled
         // The plain damped step: from the newest row, or where f is not finite from the row before it.
         std::fill(alpha, alpha + filled, 0.0);
         const int64_t row = finite ? slot : before;
-        if (row < filled) alpha[row] = 1.0;
+        if (row < filled && valid[row]) alpha[row] = 1.0;
     }
     for (int64_t i = 0; i < filled; ++i) s.weights[i] = static_cast<T>(alpha[i]);
     const bool recovers = before < filled && valid[before];
-    const bool stays = residual <= w.tol || (!finite && !recovers);
+    const bool stays = residual <= static_cast<T>(w.tol) || (!finite && !recovers);
     if (stays) *s.frozen = 1;
     return !stays;
 }
@@ -307,7 +308,7 @@ void mix(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled, i
     for (int64_t i = 0; i < filled; ++i)
         if (s.weights[i] != T(0)) {
             // With beta = 1 the newest row is f, which the caches still hold (unless f is written to here).
-            rows[count] = i == slot && w.beta == 1.0 && s.f != s.out ? s.f : s.Y + i * w.dim;
+            rows[count] = i == slot && w.beta == 1.0 && s.f != s.out ? s.f : s.Y + i * w.stride;
             a[count++] = s.weights[i];
         }
     for (int64_t at = begin; at < end; at += BLOCK) {

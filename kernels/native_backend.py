@@ -1,8 +1,9 @@
 """Native backend (the CPU's, where there is a C++ compiler): the whole iteration in one call, ``native.cpp``.
 
-The file is compiled on first use, in about two seconds, and kept in the user's cache folder under a name that changes
-with source, compiler and processor. Where that cannot be done, or the state is half precision, PyTorch's backend does
-the same work in more passes. ``ANDERSON_NATIVE=0`` turns it off.
+The file is compiled on first use, in about two seconds, by what ``CXX`` names (a command, with its words), else by
+``g++`` or ``clang++``, and kept in the user's cache folder under a name that changes with source, compiler, processor
+and content. Where that cannot be done, or the state is half precision, PyTorch's backend does the same work in more
+passes, and a warning says so once. ``ANDERSON_NATIVE=0`` turns it off.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .state import WindowState
+from .state import BackendName, WindowState
 
 MAX_WINDOW = 64
 """Rows that the solve on the stack is built for."""
@@ -41,7 +45,7 @@ class _Window(ctypes.Structure):
     """Mirrors ``struct Window`` of native.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "window", "dim", "scaled", "row_bytes")),
+        *((name, ctypes.c_int64) for name in ("batch", "window", "dim", "stride", "scaled", "row_bytes")),
         *((name, ctypes.c_double) for name in ("beta", "tol", "ridge")),
         *((name, ctypes.c_void_p) for name in _TENSORS),
     )
@@ -50,10 +54,12 @@ class _Window(ctypes.Structure):
 class NativeBackend:
     """See :class:`kernels.state.Backend`."""
 
+    name: ClassVar[BackendName] = "native"
+
     def __init__(self) -> None:
-        library = load_library()
+        library, obstacle = load_library()
         if library is None:
-            raise RuntimeError("the native library is not available: ask native_backend.available first")
+            raise RuntimeError(f"the native backend {obstacle}")
         self._library = library
         self._window: _Window | None = None
 
@@ -65,7 +71,7 @@ class NativeBackend:
             # The tensors of a state never move, so that their addresses are taken once.
             batch_size, window, dim = state.G.shape
             self._window = _Window(
-                *(batch_size, window, dim, int(state.scaled), state.G.element_size()),
+                *(batch_size, window, dim, state.stride, int(state.scaled), state.G.element_size()),
                 *(state.beta, state.tol, state.ridge),
                 *(getattr(state, name).data_ptr() for name in _TENSORS),
             )
@@ -94,31 +100,67 @@ class NativeBackend:
         return residual
 
 
-def available(dtype: torch.dtype) -> bool:
-    """Whether the native backend can run states of this dtype here. Compiles the library on the first call."""
-    return dtype in _SUFFIX and load_library() is not None
+def obstacle(dtype: torch.dtype) -> str:
+    """Why states of this dtype cannot be run here; empty where they can. Compiles the library on the first call."""
+    if dtype not in _SUFFIX:
+        return f"needs a float32 or float64 state, got {dtype}"
+    return load_library()[1]
 
 
 @functools.cache
-def load_library() -> ctypes.CDLL | None:
-    """The compiled library, or None where it is turned off, there is no compiler, or compiling fails."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if os.environ.get("ANDERSON_NATIVE") == "0" or compiler is None:
-        return None
-    try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
-        key = hashlib.sha256(b"\0".join((_SOURCE.read_bytes(), version, " ".join(_FLAGS).encode(), _processor())))
-        folder = _cache_folder()
-        path = folder / f"native-{key.hexdigest()[:16]}.so"
-        if not path.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                built = Path(scratch) / path.name
-                command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(built)]
-                subprocess.run(command, capture_output=True, check=True, timeout=120)
-                built.replace(path)  # another process may be doing the same: either file is right
-        return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError):
-        return None
+def warn_if_broken(dtype: torch.dtype) -> None:
+    """Says once that a library which was wanted is not there: what stands in for it is several times slower."""
+    obstacle = load_library()[1] if dtype in _SUFFIX and not _turned_off() else ""
+    if obstacle:
+        warnings.warn(
+            f"Anderson updates on this CPU run in PyTorch, several times slower than in C++: the native backend "
+            f"{obstacle} (ANDERSON_NATIVE=0 turns it off without a warning)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _turned_off() -> bool:
+    return os.environ.get("ANDERSON_NATIVE") == "0"
+
+
+@functools.cache
+def load_library() -> tuple[ctypes.CDLL | None, str]:
+    """The compiled library, or None and why there is none."""
+    if _turned_off():
+        return None, "is turned off by ANDERSON_NATIVE=0"
+    found = (os.environ.get("CXX"), shutil.which("g++"), shutil.which("clang++"))
+    failures = []
+    for command in dict.fromkeys(command for command in found if command):
+        try:
+            return _compiled_by(shlex.split(command)), ""
+        except subprocess.CalledProcessError as error:
+            said = error.stderr.decode(errors="replace").strip().splitlines()
+            failures.append(f"{command}: {said[0] if said else error}")
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            failures.append(f"{command}: {error}")
+    return None, f"cannot be compiled ({'; '.join(failures)})" if failures else "needs a C++ compiler: install g++"
+
+
+def _compiled_by(compiler: list[str]) -> ctypes.CDLL:
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
+    sources = (_SOURCE.read_bytes(), version, " ".join((*compiler[1:], *_FLAGS)).encode(), _processor())
+    stem = f"native-{hashlib.sha256(bytes(1).join(sources)).hexdigest()[:16]}"
+    folder = _cache_folder()
+    for path in folder.glob(f"{stem}-*.so"):
+        # A file that was cut short would kill the process when it is first touched.
+        if path.name == _named_after_content(stem, path):
+            return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        built = Path(scratch) / "native.so"
+        command = [*compiler, *_FLAGS, str(_SOURCE), "-o", str(built)]
+        subprocess.run(command, capture_output=True, check=True, timeout=120)
+        # Another process may be doing the same: either file is right.
+        return ctypes.CDLL(str(built.replace(folder / _named_after_content(stem, built))))
+
+
+def _named_after_content(stem: str, library: Path) -> str:
+    return f"{stem}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
 
 
 def _processor() -> bytes:

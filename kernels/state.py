@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ class WindowState:
     """
 
     G: Tensor
-    """(B, m, d) residuals g_i = f_i - x_i, in the dtype of the state, or in bfloat16 for a float32 state."""
+    """(B, m, d) residuals g_i = f_i - x_i, in the dtype of the state, or in bfloat16 for a float32 state. Rows of G and
+    Y are ``stride`` elements apart."""
     Y: Tensor
     """(B, m, d) mixed rows y_i = x_i + beta g_i, in the dtype of the state."""
     H: Tensor
@@ -65,9 +66,19 @@ class WindowState:
     def window(self) -> int:
         return self.G.shape[1]
 
+    @property
+    def stride(self) -> int:
+        """Elements from one row of G or Y to the next, at least d."""
+        return self.G.stride(1)
+
+
+BackendName = Literal["auto", "triton", "native", "torch"]
+
 
 class Backend(Protocol):
     """The three operations behind which all backends stand."""
+
+    name: ClassVar[BackendName]
 
     def step(self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, index: Tensor | None) -> None:
         """One Anderson iteration: put (x, fx) into the ring, write the next iterate into ``out``.

@@ -6,14 +6,18 @@ on a GPU the Triton backend is the one to use.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from .state import WindowState, accumulator_dtype, residual_of_norms
+from .state import BackendName, WindowState, accumulator_dtype, residual_of_norms
 
 
 class TorchBackend:
     """See :class:`kernels.state.Backend`."""
+
+    name: ClassVar[BackendName] = "torch"
 
     def supports(self, window: int) -> bool:
         return window >= 1
@@ -52,9 +56,10 @@ def _products(rows: list[Tensor], row_norms: Tensor, g: Tensor, g_norm: Tensor) 
     g_unit = _power_of_two(g_norm)
     g = g.to(dtype) * g_unit.to(dtype)[:, None]
     products = []
+    scaled = torch.empty_like(g)
     for row, norm in zip(rows, row_norms.unbind(dim=1), strict=True):
         unit = _power_of_two(norm)
-        scaled = row.to(dtype) * unit.to(dtype)[:, None]
+        torch.mul(row, unit.to(dtype)[:, None], out=scaled)
         products.append(scaled.mul_(g).sum(dim=1).double() / unit / g_unit)
     return torch.stack(products, dim=1)
 

@@ -3,8 +3,8 @@
 Launch 1, ``_push``: residual row, mixed row, partial sums of the new Gram row and of ||f||^2.
 Launch 2, ``_mix``:  finish the row, solve m x m in registers, mix, and keep the books of each sample.
 
-``_update`` does both where one program holds a whole sample (d up to FUSED_DIM). ``_reduce`` stands between the two
-where a sample has so many partial sums that reading them in every program of ``_mix`` would cost traffic.
+``_update`` does both where one program holds a whole sample (d up to ``launch.fused_dim``). ``_reduce`` stands between
+the two where a sample has so many partial sums that reading them in every program of ``_mix`` would cost traffic.
 
 Traffic per element of the state: launch 1 reads x, f and m - 1 rows of G and writes one row of G and of Y; launch 2
 reads m rows of Y and writes x_next: 2m + 4 in all (``_update`` keeps the newest y: 2m + 3). Partial sums are added in
@@ -14,7 +14,7 @@ sample: every iteration is the same launch, which a CUDA graph can replay.
 """
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from .launch import FUSED_DIM, device_key, fused_shape, split_shape
-from .state import WindowState, accumulator_dtype, on_device, residual_of_norms
+from .launch import device_key, fused_dim, fused_shape, split_shape, warp_size
+from .state import BackendName, WindowState, accumulator_dtype, on_device, residual_of_norms
 
 MAX_WINDOW = 32
 """Rows that the solve in registers is built for (a tile of MAX_WINDOW^2 float64 over one or two warps)."""
@@ -49,6 +49,7 @@ def _push(
     index_ptr,
     beta: tl.float64,
     dim,
+    stride,
     blocks,
     WINDOW: tl.constexpr,
     UNDAMPED: tl.constexpr,
@@ -75,16 +76,18 @@ def _push(
     # Within a sample, offsets fit int32 only for d < 2^31: they are 64-bit throughout.
     element = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = element < dim
+    # Rows of the history are padded to a stride that 16-byte accesses divide, whatever dim; the padding holds zeros.
+    held = element < stride
     x = tl.load(x_ptr + position * dim + element, mask=inside, other=0.0).to(ACCUMULATOR)
     f = tl.load(f_ptr + position * dim + element, mask=inside, other=0.0).to(ACCUMULATOR)
     # The Gram matrix belongs to the rows as they are stored: round first, then multiply.
     g_stored = (f - x).to(G_ptr.dtype.element_ty)
     g = g_stored.to(ACCUMULATOR)
     first_row = sample * WINDOW
-    new_row = (first_row + slot) * dim + element
-    tl.store(G_ptr + new_row, g_stored, mask=inside)
+    new_row = (first_row + slot) * stride + element
+    tl.store(G_ptr + new_row, g_stored, mask=held)
     y = f if UNDAMPED else f - tl.full((), 1.0 - beta, ACCUMULATOR) * g
-    tl.store(Y_ptr + new_row, y.to(Y_ptr.dtype.element_ty), mask=inside)
+    tl.store(Y_ptr + new_row, y.to(Y_ptr.dtype.element_ty), mask=held)
 
     out = partial_ptr + program.to(tl.int64) * (WINDOW + 1)
     for row in tl.static_range(WINDOW):
@@ -93,7 +96,7 @@ def _push(
                 # In float64: products of 1e-20 are zero in float32, and a residual of zero would pass for converged.
                 tl.store(out + row, tl.sum(g.to(tl.float64) * g.to(tl.float64), axis=0))
             else:
-                other = tl.load(G_ptr + (first_row + row) * dim + element, mask=inside, other=0.0)
+                other = tl.load(G_ptr + (first_row + row) * stride + element, mask=held, other=0.0)
                 tl.store(out + row, tl.sum(g.to(tl.float64) * other.to(tl.float64), axis=0))
     tl.store(out + WINDOW, tl.sum(f.to(tl.float64) * f.to(tl.float64), axis=0))
 
@@ -214,7 +217,7 @@ def _weigh(
     before = row == (slot + WINDOW - 1) % WINDOW
     recovers = tl.sum(tl.where(before & valid, 1, 0), axis=0) > 0
     alpha = tl.where(solved, alpha, tl.where(newest, 1.0, 0.0))
-    alpha = tl.where(finite, alpha, tl.where(before, 1.0, 0.0)).to(ACCUMULATOR)
+    alpha = tl.where(finite, alpha, tl.where(before & valid, 1.0, 0.0)).to(ACCUMULATOR)
     stays = converged | ((finite == 0) & (recovers == 0))
     return alpha, residual, entry, stays
 
@@ -269,6 +272,7 @@ def _mix(
     tol: tl.float64,
     ridge: tl.float64,
     dim,
+    stride,
     blocks,
     sums,
     WINDOW: tl.constexpr,
@@ -348,8 +352,8 @@ def _mix(
     for i in tl.static_range(WINDOW):
         # A row of no weight is not read: it may be empty, or hold the NaN that took it out.
         weight = tl.sum(tl.where(row == i, alpha, 0.0), axis=0)
-        Y_row = Y_ptr + (sample * WINDOW + i) * dim + element
-        y = tl.load(Y_row, mask=element < tl.where(weight != 0.0, dim, 0), other=0.0)
+        Y_row = Y_ptr + (sample * WINDOW + i) * stride + element
+        y = tl.load(Y_row, mask=element < tl.where(weight != 0.0, stride, 0), other=0.0)
         mixed += weight * y.to(ACCUMULATOR)
     tl.store(out_here, mixed.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -372,6 +376,7 @@ def _update(
     tol: tl.float64,
     ridge: tl.float64,
     dim,
+    stride,
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
     UNDAMPED: tl.constexpr,
@@ -403,16 +408,17 @@ def _update(
     y = f if UNDAMPED else f - tl.full((), 1.0 - beta, ACCUMULATOR) * g
     y_stored = y.to(Y_ptr.dtype.element_ty)
     first_row = sample * WINDOW
-    new_row = (first_row + slot) * dim + element
-    tl.store(G_ptr + new_row, g_stored, mask=inside)
-    tl.store(Y_ptr + new_row, y_stored, mask=inside)
+    new_row = (first_row + slot) * stride + element
+    held = element < stride
+    tl.store(G_ptr + new_row, g_stored, mask=held)
+    tl.store(Y_ptr + new_row, y_stored, mask=held)
     row = tl.arange(0, ROWS)
     h = tl.where(row == slot, tl.sum(g.to(tl.float64) * g.to(tl.float64), axis=0), tl.zeros((ROWS,), tl.float64))
     f_squared = tl.sum(f.to(tl.float64) * f.to(tl.float64), axis=0)
     # Rows that take no part are masked, not branched around, which would wait for one row after the other.
     for i in tl.static_range(WINDOW):
-        end = tl.where((i < steps) & (i != slot), dim, 0)
-        other = tl.load(G_ptr + (first_row + i) * dim + element, mask=element < end, other=0.0)
+        end = tl.where((i < steps) & (i != slot), stride, 0)
+        other = tl.load(G_ptr + (first_row + i) * stride + element, mask=element < end, other=0.0)
         h += tl.where((row == i) & (row != slot), tl.sum(g.to(tl.float64) * other.to(tl.float64), axis=0), 0.0)
     alpha, residual, entry, stays = _weigh(
         h,
@@ -458,8 +464,8 @@ def _update(
     mixed = tl.where(weight != 0.0, weight * y_stored.to(ACCUMULATOR), 0.0)
     for i in tl.static_range(WINDOW):
         weight = tl.sum(tl.where((row == i) & (row != slot), alpha, 0.0), axis=0)
-        Y_row = Y_ptr + (first_row + i) * dim + element
-        y_row = tl.load(Y_row, mask=element < tl.where(weight != 0.0, dim, 0), other=0.0)
+        Y_row = Y_ptr + (first_row + i) * stride + element
+        y_row = tl.load(Y_row, mask=element < tl.where(weight != 0.0, stride, 0), other=0.0)
         mixed += weight * y_row.to(ACCUMULATOR)
     tl.store(out_here, mixed.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -489,21 +495,15 @@ _TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 _device_key = functools.cache(device_key)
 
 
-@functools.cache
-def _warp_size(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 32  # the interpreter, to which it makes no difference
-    size: int = torch.cuda.get_device_properties(device).warp_size
-    return size
-
-
 class TritonBackend:
     """See :class:`kernels.state.Backend`."""
 
+    name: ClassVar[BackendName] = "triton"
+
     _pushed: Tensor
 
-    def __init__(self, fused_dim: int = FUSED_DIM, reduce_blocks: int = _REDUCE_BLOCKS) -> None:
-        self._fused_dim, self._reduce_blocks = fused_dim, reduce_blocks
+    def __init__(self, largest_fused: int | None = None, reduce_blocks: int = _REDUCE_BLOCKS) -> None:
+        self._largest_fused, self._reduce_blocks = largest_fused, reduce_blocks
         self._partial: Tensor | None = None
 
     def supports(self, window: int) -> bool:
@@ -511,13 +511,13 @@ class TritonBackend:
 
     def step(self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, index: Tensor | None) -> None:
         batch_size, window, dim = state.G.shape
-        fused = dim <= self._fused_dim
-        warp_size, name = _warp_size(x.device), _device_key(x.device)
+        lanes, name = warp_size(x.device), _device_key(x.device)
         itemsize = (x.element_size(), state.G.element_size())
+        fused = dim <= (fused_dim(window, itemsize) if self._largest_fused is None else self._largest_fused)
         if fused:
-            block, warps = fused_shape(dim, window, warp_size, itemsize=itemsize, device=name)
+            block, warps = fused_shape(dim, window, lanes, itemsize=itemsize, device=name)
         else:
-            block, blocks, warps = split_shape(dim, window, warp_size, itemsize=itemsize, device=name)
+            block, blocks, warps = split_shape(dim, window, lanes, itemsize=itemsize, device=name)
         frozen = state.frozen.view(torch.uint8)
         shared: dict[str, Any] = {
             "WINDOW": window,
@@ -540,7 +540,7 @@ class TritonBackend:
             if fused:
                 _update[(x.shape[0],)](
                     *(x, fx, out, state.G, state.Y, state.H, *books, samples),
-                    *(state.beta, state.tol, state.ridge, dim),
+                    *(state.beta, state.tol, state.ridge, dim, state.stride),
                     UNDAMPED=undamped,
                     **of_system,
                     **shared,
@@ -552,7 +552,7 @@ class TritonBackend:
             grid = (x.shape[0] * blocks,)
             _push[grid](
                 *(x, fx, state.G, state.Y, self._partial, frozen, state.iterations, self._pushed, samples),
-                *(state.beta, dim, blocks),
+                *(state.beta, dim, state.stride, blocks),
                 UNDAMPED=undamped,
                 **shared,
             )
@@ -569,7 +569,7 @@ class TritonBackend:
                 sums = 1
             _mix[grid](
                 *(x, out, state.Y, state.H, self._partial, *books, self._pushed, samples),
-                *(state.tol, state.ridge, dim, blocks, sums),
+                *(state.tol, state.ridge, dim, state.stride, blocks, sums),
                 FINISH_BLOCKS=_FINISH_BLOCKS,
                 **of_system,
                 **shared,
@@ -577,7 +577,7 @@ class TritonBackend:
 
     def residual_norm(self, x: Tensor, fx: Tensor) -> Tensor:
         batch_size, dim = x.shape
-        block, blocks, warps = split_shape(dim, warp_size=_warp_size(x.device))
+        block, blocks, warps = split_shape(dim, warp_size=warp_size(x.device))
         dtype = accumulator_dtype(x.dtype)
         partial = torch.empty(batch_size, blocks, 2, device=x.device, dtype=torch.float64)
         with on_device(x.device):

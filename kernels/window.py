@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from . import history, native_backend
-from .state import Backend, WindowState, accumulator_dtype
+from .state import Backend, BackendName, WindowState, accumulator_dtype
 from .torch_backend import TorchBackend
 
-BackendName = Literal["auto", "triton", "native", "torch"]
 Regularization = Literal["scaled", "absolute"]
 
 DEFAULT_RIDGE: dict[Regularization, float] = {"scaled": 1e-6, "absolute": 1e-4}
@@ -25,6 +25,9 @@ _GATHER_PARTS = 4
 
 _ALIGNMENT = 64
 """Bytes: a cache line, and more than the widest access."""
+
+_ROW_MULTIPLE = 16
+"""Elements that the stride of a row is a multiple of: what Triton looks for before it takes 16 bytes at a time."""
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -57,6 +60,8 @@ def select_backend(name: BackendName, device: torch.device, dtype: torch.dtype, 
             backend, obstacle = None, f"holds no window of {window} in its registers or stack"
         if backend is not None:
             return backend
+        if candidate == "native" and name == "auto" and device.type == "cpu":
+            native_backend.warn_if_broken(dtype)
     raise ValueError(f"backend={name!r} {obstacle} (use backend='auto')")
 
 
@@ -67,9 +72,8 @@ def _try_backend(name: str, device: torch.device, dtype: torch.dtype) -> tuple[B
     if name == "native":
         if device.type != "cpu":
             return None, f"runs on a CPU, got device {str(device)!r}"
-        if not native_backend.available(dtype):
-            return None, f"needs a C++ compiler and a float32 or float64 state, got {dtype}"
-        return native_backend.NativeBackend(), ""
+        obstacle = native_backend.obstacle(dtype)
+        return (None, obstacle) if obstacle else (native_backend.NativeBackend(), "")
     try:
         from . import triton_backend
     except ImportError as error:
@@ -165,11 +169,12 @@ class AndersonWindow:
         def full(*shape: int, value: float, dtype: torch.dtype = accumulator) -> Tensor:
             return torch.full(shape, value, device=home, dtype=dtype)
 
-        shape = (batch_size, window, dim)
+        shape = (batch_size, window, -(-dim // _ROW_MULTIPLE) * _ROW_MULTIPLE)
         bytes_of_Y = math.prod(shape) * dtype.itemsize
         start_of_G = -(-bytes_of_Y // _ALIGNMENT) * _ALIGNMENT
         both = history.allocate(self, start_of_G + math.prod(shape) * rows_dtype.itemsize, home)
         Y, G = both[:bytes_of_Y].view(dtype).view(shape), both[start_of_G:].view(rows_dtype).view(shape)
+        Y, G = Y[..., :dim], G[..., :dim]
         self._state = WindowState(
             G=G,
             Y=Y,
@@ -227,8 +232,9 @@ class AndersonWindow:
         values are not checked), and x, fx and the result are
         (n, d): what became of the others stays in the window.
 
-        The result is written to ``out`` if given: a contiguous (B, d) tensor, which may be ``x`` or ``fx`` itself. For
-        frozen samples, and for one that freezes in this very step, it is x.
+        The result is written to ``out`` if given: a contiguous (B, d) tensor, which may be ``x`` or ``fx`` itself
+        (whoever keeps that tensor sees it change, autograd says so). For frozen samples, and for one that freezes in
+        this very step, it is x.
 
         Raises:
             ValueError: if a shape, dtype or device is not the window's.
@@ -258,10 +264,39 @@ class AndersonWindow:
                 raise ValueError(f"{name} is on {tensor.device}, this window is on {state.G.device}")
         if out is None:
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        elif not out.is_contiguous():
-            raise ValueError(f"out must be contiguous, got strides {out.stride()}")
-        self._backend.step(state, x.contiguous(), fx.contiguous(), out, index)
+        elif not out.is_contiguous() or out.is_neg():
+            what = "a lazily negated view" if out.is_neg() else f"strides {out.stride()}"
+            raise ValueError(f"out must be contiguous, got {what} (give a tensor of its own)")
+        self._backend.step(state, _as_stored(x), _as_stored(fx), out, index)
+        if not out.is_inference():
+            # Kernels write past autograd's eyes: what it saved of ``out`` before must not pass for up to date.
+            torch.autograd.graph.increment_version(out)
         return out
+
+    def __copy__(self) -> AndersonWindow:
+        return self.__deepcopy__({})
+
+    def __deepcopy__(self, memo: dict[int, object]) -> AndersonWindow:
+        """A window of its own history, in the same state as this one."""
+        state = self._state
+        batch_size, window, dim = state.G.shape
+        twin = AndersonWindow(
+            *(batch_size, dim, window, state.beta),
+            device=state.Y.device,
+            dtype=state.Y.dtype,
+            history_dtype=state.G.dtype,
+            backend=self._backend.name,
+            regularization="scaled" if state.scaled else "absolute",
+            ridge=state.ridge,
+            tol=None if state.tol < 0 else state.tol,
+        )
+        with torch.no_grad():
+            for field in fields(state):
+                tensor = getattr(state, field.name)
+                if isinstance(tensor, Tensor):
+                    getattr(twin._state, field.name).copy_(tensor)
+        memo[id(self)] = twin
+        return twin
 
     @torch.no_grad()
     def best(self, x: Tensor, *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -287,6 +322,11 @@ class AndersonWindow:
         return out, torch.where(keep, state.residual, lowest)
 
 
+def _as_stored(tensor: Tensor) -> Tensor:
+    """Contiguous, and with the sign that its memory holds: the imaginary part of a conjugate is negated lazily."""
+    return tensor.contiguous().resolve_neg()
+
+
 def residual_norm(x: Tensor, fx: Tensor, *, backend: BackendName = "auto") -> Tensor:
     """Relative residual ``||f - x|| / ||f||`` of each sample: (B, d), (B, d) -> (B,).
 
@@ -304,4 +344,4 @@ def residual_norm(x: Tensor, fx: Tensor, *, backend: BackendName = "auto") -> Te
         raise ValueError(
             f"x and fx must be (B, d) of one dtype, got {tuple(x.shape)} {x.dtype} and {tuple(fx.shape)} {fx.dtype}"
         )
-    return select_backend(backend, x.device, x.dtype).residual_norm(x.contiguous(), fx.contiguous())
+    return select_backend(backend, x.device, x.dtype).residual_norm(_as_stored(x), _as_stored(fx))

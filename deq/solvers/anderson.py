@@ -46,7 +46,7 @@ class Anderson(Solver):
     beta: float = 1.0
     regularization: Regularization = "scaled"
     ridge: float | None = None
-    history_dtype: Literal["bfloat16"] | None = None
+    history_dtype: Literal["bfloat16"] | torch.dtype | None = None
     backend: BackendName = "auto"
 
     def __post_init__(self) -> None:
@@ -58,8 +58,8 @@ class Anderson(Solver):
             ridge=self.ridge,
             backend=self.backend,
         )
-        if self.history_dtype not in (None, "bfloat16"):
-            raise ValueError(f"history_dtype must be bfloat16 or left out, got {self.history_dtype!r}")
+        if self.history_dtype not in (None, "bfloat16", torch.bfloat16):
+            raise ValueError(f"history_dtype must be 'bfloat16' or left out, got {self.history_dtype!r}")
 
     def start(self, x: Tensor, *, in_place: bool = False) -> _AndersonIteration:
         # In place anyway: a frozen sample is never touched.

@@ -34,7 +34,7 @@ class Solution:
     sample_evaluations: int
     """Evaluations of f summed over the samples that took part in each: B x evaluations without compaction."""
     converged: Tensor
-    """(B,) bool: residual <= tol."""
+    """(B,) bool: residual <= tol. With ``history_dtype=bfloat16`` both are those of rounded residual rows."""
     trace: Tensor | None = None
     """(K, B) residual after each of the K evaluations, with ``solve(..., trace=True)``."""
 
@@ -141,7 +141,8 @@ class Solver(ABC):
         """Iterates from ``z0`` until the stopping test holds or ``max_iter`` evaluations are made.
 
         Args:
-            f: (B, ...) -> (B, ...), of the same shape, dtype and device. It must not write into its argument.
+            f: (B, ...) -> (B, ...), of the same shape, dtype and device. It must not write into its argument, nor
+                keep it: the next iterate takes its place.
             z0: (B, ...) floating point, the initial iterate; it is not modified.
             trace: keep the residual of every sample after every evaluation.
             restrict: index, (n,) int64 -> f for these samples alone, (n, ...) -> (n, ...); needed by ``compact``.

@@ -184,7 +184,17 @@ class CapturedSolve:
 
     @torch.no_grad()
     def __call__(self, z0: Tensor) -> Solution:
-        """z0: (B, ...), of the shape, dtype and device recorded; not modified. See :meth:`Solver.solve`."""
+        """z0: (B, ...), of the shape, dtype and device recorded; not modified. See :meth:`Solver.solve`.
+
+        Raises:
+            ValueError: if z0 is another.
+        """
+        recorded = (self._shape, self._x.dtype, self._x.device)
+        if (z0.shape, z0.dtype, z0.device) != recorded:
+            raise ValueError(
+                f"z0 must be what was recorded, {tuple(recorded[0])} {recorded[1]} on {recorded[2]}, "
+                f"got {tuple(z0.shape)} {z0.dtype} on {z0.device}: make a CapturedSolve for it"
+            )
         with on_device(z0.device):
             return self._solve(z0)
 

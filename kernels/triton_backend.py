@@ -28,7 +28,7 @@ from .state import BackendName, WindowState, accumulator_dtype, on_device, resid
 MAX_WINDOW = 32
 """Rows that the solve in registers is built for (a tile of MAX_WINDOW^2 float64 over one or two warps)."""
 
-_FINISH_BLOCKS = 32
+_FINISH_BLOCKS = 16
 """Partial sums that are added up at a time."""
 
 _REDUCE_BLOCKS = 128

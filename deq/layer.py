@@ -146,7 +146,7 @@ class DEQ(nn.Module):
             return self.graphs.solve_adjoint(solver, map_of, self.cell, inputs, z, right_side, mode)
 
         def account(solution: Solution) -> Solution[Any]:
-            return solution if packing is None else replace(solution, z=packing.release(solution.z))
+            return solution if packing is None else replace(solution, z=packing.unpack(solution.z))
 
         f = map_of(inputs)
         given = restrict if self._compacts() else None

@@ -185,7 +185,7 @@ class Solver(ABC):
         packing = Packing(z0)
         parts = None if restrict is None else (lambda index: packing.flat_map(restrict(index)))
         found = self._solve(packing.flat_map(f), packing.pack(z0), trace, parts)
-        return cast("Solution[State]", replace(found, z=packing.release(found.z)))
+        return cast("Solution[State]", replace(found, z=packing.unpack(found.z)))
 
     def _solve(self, f: FixedPointMap, z0: Tensor, trace: bool, restrict: Restrict | None) -> Solution:
         if z0.ndim < 1 or z0.numel() == 0 or not z0.is_floating_point():

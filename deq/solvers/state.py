@@ -139,7 +139,10 @@ class Packing:
         return unflatten(self._skeleton, self._views(flat.split(self._sizes, dim=1)))
 
     def release(self, flat: Tensor) -> Any:
-        """:meth:`unpack` for a ``flat`` that nobody reads any more: the views may be written to, recorded or not."""
+        """:meth:`unpack` for a ``flat`` that nobody else reads: the views may be written to, recorded or not.
+
+        Autograd takes them for tensors of their own, so that it would not notice a write into what it has kept of flat.
+        """
         return unflatten(self._skeleton, self._views(torch.unsafe_split_with_sizes(flat, self._sizes, dim=1)))
 
     def flat_map(self, f: Callable[[Any], Nest], *, cast: bool = False) -> Callable[[Tensor], Tensor]:

@@ -269,6 +269,15 @@ def test_the_outputs_may_be_modified_in_place_and_the_account_stays() -> None:
     assert all(torch.equal(layer.last_solution.z[key], kept[key]) for key in kept)
 
 
+def test_an_account_that_is_written_to_before_the_backward_pass_is_noticed() -> None:
+    layer = DEQ(TwoScales(), solver=TIGHT)
+    out = layer(torch.randn(3, 6, dtype=torch.float64), z0=zeros(3))
+    assert layer.last_solution is not None
+    layer.last_solution.z["low"].zero_()  # f was recorded there
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        joined(out).sum().backward()
+
+
 def test_z0_is_not_modified_and_a_warm_start_stops_at_once() -> None:
     layer = DEQ(TwoScales(), solver=Anderson(tol=1e-6))
     x, start = torch.randn(3, 6, dtype=torch.float64), zeros(3)

@@ -58,7 +58,8 @@ class Trainer:
         schedule: name in :data:`SCHEDULES`. precision: name in :data:`PRECISIONS`.
         compile: compile the cell with ``torch.compile``.
         warm_start: start each training sample's solve at its equilibrium of the epoch before (2 bytes an element of
-            the state for every training image, on the device and in every checkpoint). Tests start from zeros.
+            the state for every training image, on the device and in every checkpoint). Tests start from zeros. It
+            pays where images are not augmented.
         log_every: steps of an epoch between rows; an epoch's end always writes one.
         probe: compares the run's solver with forward iteration at every evaluation; None leaves that out.
         tracker, display: where results go. save: called with the state at every epoch's end and at a signal.

@@ -14,12 +14,13 @@ from deq.solvers.state import flatten, unflatten
 class WarmStart:
     """The last equilibrium of every sample of a training set, kept from one epoch to the next.
 
-    What is found does not change beyond the solver's tolerance; how soon does, as far as a step of the optimiser and
-    the augmentation move a sample's equilibrium less than it is away from zeros. A sample that has no equilibrium yet
+    What is found does not change beyond the solver's tolerance; how soon does, where an epoch's training moves a
+    sample's equilibrium less than it is away from zeros. Augmentation that shows another image in every epoch usually
+    moves it more: a start from zeros is then the better one. A sample that has no equilibrium yet
     starts from zeros, as a layer does without ``z0``.
 
-    Takes N times a sample's state of memory on the state's device, in half precision unless told otherwise: it is only
-    a start, and rounding moves it by 0.4 %.
+    Takes N times a sample's state of memory on the state's device, in half precision unless told otherwise: rounding
+    moves an element by at most 0.4 %, which is worth a few evaluations only where tol is far below that.
 
     Args:
         samples: N; each is known by its number, 0 to N - 1.

@@ -94,6 +94,7 @@ def main(config: DictConfig) -> float:
         schedule=config.optim.schedule,
         precision=config.precision,
         compile=config.compile,
+        warm_start=config.warm_start,
         log_every=config.log_every,
         probe=probe,
         tracker=tracker,

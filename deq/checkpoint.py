@@ -12,7 +12,7 @@ from deq.errors import UserError, room_for
 from deq.files import write_atomically
 
 FILE = "checkpoint.pt"
-_FORMAT = 2
+_FORMAT = 3
 
 # What may differ between a checkpoint and the run that goes on from it without a word …
 _FREE = ("resume", "logger", "device", "probe", "data.root", "data.cache_dir", "solver.backend", "adjoint.backend")

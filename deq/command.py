@@ -188,6 +188,7 @@ _LIMITS = {
     "batch_size": _COUNT,
     "precision": _one_of(*PRECISIONS),
     "compile": _FLAG,
+    "warm_start": _FLAG,
     "log_every": _COUNT,
     "optim.lr": _Limit(_NUMBER, lambda value: 0 < value < math.inf, "a number above 0, such as 1e-3"),
     "optim.weight_decay": _Limit(_NUMBER, lambda value: 0 <= value < math.inf, "a number of at least 0"),

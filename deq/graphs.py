@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,15 +15,15 @@ from deq.solvers.base import FixedPointMap
 from deq.solvers.captured import CapturedSolve
 from kernels.state import on_device
 
-MapOf = Callable[[Tensor], FixedPointMap]
-"""x -> f, the map z -> cell(z, x)."""
+MapOf = Callable[[Sequence[Tensor]], FixedPointMap]
+"""The tensors of x -> f, the map z -> cell(z, x)."""
 
 
 @dataclass(frozen=True)
 class _Forward:
     """z* = f(z*) with an x that is copied in."""
 
-    x: Tensor
+    x: list[Tensor]
     solve: CapturedSolve
 
 
@@ -31,7 +31,7 @@ class _Forward:
 class _Adjoint:
     """u = J^T u + right side, with J = df/dz at a z that is copied in: f is evaluated there once, also by replay."""
 
-    x: Tensor
+    x: list[Tensor]
     z: Tensor
     right_side: Tensor
     evaluate: Callable[[], None]
@@ -62,7 +62,9 @@ class LayerGraphs:
         # A copy of a layer has parameters of its own, and a graph cannot be copied.
         return LayerGraphs, (self.capacity,)
 
-    def solve(self, solver: Solver, map_of: MapOf, cell: object, x: Tensor, z0: Tensor, mode: Hashable) -> Solution:
+    def solve(
+        self, solver: Solver, map_of: MapOf, cell: object, x: Sequence[Tensor], z0: Tensor, mode: Hashable
+    ) -> Solution:
         """``solver.solve(map_of(x), z0)``, recorded at the first call.
 
         Args:
@@ -71,16 +73,23 @@ class LayerGraphs:
         """
 
         def record() -> _Forward:
-            here = x.detach().clone()
-            return _Forward(here, CapturedSolve(solver, map_of(here), z0.detach(), captured.recorder_for(x.device)))
+            here = [tensor.detach().clone() for tensor in x]
+            return _Forward(here, CapturedSolve(solver, map_of(here), z0.detach(), captured.recorder_for(z0.device)))
 
-        kept = self._get(("forward", solver, mode, _key(cell, x, z0)), record)
+        kept = self._get(("forward", solver, mode, _key(cell, *x, z0)), record)
         assert isinstance(kept, _Forward)
-        kept.x.copy_(x.detach())
+        _copy(x, kept.x)
         return kept.solve(z0.detach())
 
     def solve_adjoint(
-        self, solver: Solver, map_of: MapOf, cell: object, x: Tensor, z: Tensor, right_side: Tensor, mode: Hashable
+        self,
+        solver: Solver,
+        map_of: MapOf,
+        cell: object,
+        x: Sequence[Tensor],
+        z: Tensor,
+        right_side: Tensor,
+        mode: Hashable,
     ) -> Solution:
         """Solves u = J^T u + right side from u = right side, J = df/dz at z, recorded at the first call.
 
@@ -88,15 +97,16 @@ class LayerGraphs:
         """
 
         def record() -> _Adjoint:
-            recorder = captured.recorder_for(x.device)
-            x_here, z_here, b_here = x.detach().clone(), z.detach().clone().requires_grad_(), right_side.clone()
+            recorder = captured.recorder_for(z.device)
+            x_here = [tensor.detach().clone() for tensor in x]
+            z_here, b_here = z.detach().clone().requires_grad_(), right_side.clone()
             f = map_of(x_here)
             f_star: list[Tensor] = []
 
             def evaluate() -> None:
                 f_star[:] = [recorded(f, z_here)]
 
-            with on_device(x.device):
+            with on_device(z.device):
                 recorder.warm_up(evaluate)
                 replay = recorder.record(evaluate)
                 replay()
@@ -107,13 +117,13 @@ class LayerGraphs:
                 x_here, z_here, b_here, replay, CapturedSolve(solver, products, right_side, recorder, whole=False)
             )
 
-        kept = self._get(("adjoint", solver, mode, _key(cell, x, z)), record)
+        kept = self._get(("adjoint", solver, mode, _key(cell, *x, z)), record)
         assert isinstance(kept, _Adjoint)
         with torch.no_grad():
-            kept.x.copy_(x.detach())
+            _copy(x, kept.x)
             kept.z.copy_(z.detach())
             kept.right_side.copy_(right_side)
-        with on_device(x.device):
+        with on_device(z.device):
             kept.evaluate()
         solution = kept.solve(right_side)
         return replace(solution, sample_evaluations=solution.sample_evaluations + len(right_side))
@@ -127,6 +137,11 @@ class LayerGraphs:
                 self._recorded.popitem(last=False)
             self._recorded[key] = record()
         return self._recorded[key]
+
+
+def _copy(tensors: Sequence[Tensor], places: Sequence[Tensor]) -> None:
+    for tensor, place in zip(tensors, places, strict=True):
+        place.copy_(tensor.detach())
 
 
 class _Same:

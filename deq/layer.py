@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +15,18 @@ from deq.gradients import Backward, Gradient, Implicit
 from deq.graphs import LayerGraphs
 from deq.solvers import Anderson, Solution, Solver
 from deq.solvers.base import FixedPointMap
+from deq.solvers.state import Nest, Packing, flatten, unflatten
 
 
 class DEQ(nn.Module):
     """The deep equilibrium layer: z* with ``z* = cell(z*, x)``.
 
     Args:
-        cell: (z, x) -> z; z and x are tensors, (B, ...), of one shape unless ``z0`` is given. A cell that is no module
-            cannot be looked into: that it treats samples independently is then taken on trust by ``compact``.
+        cell: (z, x) -> z; z and x are tensors, (B, ...), of one shape unless ``z0`` is given, or nests of them: tuples,
+            named tuples, lists and dicts, for models of several scales. The tensors of a nested z are views of one
+            buffer, whose rows are D elements apart, D being the elements that a sample has in all of them. A cell that
+            is no module cannot be looked into: that it treats samples independently is then taken on trust by
+            ``compact``.
         solver: finds z*; default ``Anderson()``.
         gradient: how gradients pass; default ``Implicit()``, its adjoint solved by ``solver``.
         cuda_graph: record evaluation and update once for each shape as a CUDA graph and replay it, in the forward and
@@ -53,11 +59,18 @@ class DEQ(nn.Module):
         >>> layer(torch.randn(2, 8)).sum().backward()
         >>> layer.last_solution.converged, layer.last_adjoint.converged, weight.weight.grad.shape
         (tensor([True, True]), tensor([True, True]), torch.Size([8, 8]))
+
+        Two scales, one injection:
+
+        >>> pair = DEQ(lambda z, x: (torch.tanh(weight(z[0]) / 2 + x), torch.tanh(z[1] / 2 + z[0][:, :4])))
+        >>> fine, coarse = pair(torch.randn(2, 8), z0=(torch.zeros(2, 8), torch.zeros(2, 4)))
+        >>> fine.shape, coarse.shape
+        (torch.Size([2, 8]), torch.Size([2, 4]))
     """
 
     def __init__(
         self,
-        cell: Callable[[Tensor, Tensor], Tensor],
+        cell: Callable[[Any, Any], Any],
         solver: Solver | None = None,
         gradient: Gradient | None = None,
         *,
@@ -68,42 +81,56 @@ class DEQ(nn.Module):
         self.solver = solver if solver is not None else Anderson()
         self.gradient = gradient if gradient is not None else Implicit()
         self.cuda_graph, self.graphs = cuda_graph, LayerGraphs()
-        self.last_solution: Solution | None = None
-        self.last_adjoint: Solution | None = None
+        self.last_solution: Solution[Any] | None = None
+        self.last_adjoint: Solution[Any] | None = None
 
-    def forward(self, x: Tensor, z0: Tensor | None = None) -> Tensor:
+    def forward(self, x: Nest, z0: Nest | None = None) -> Any:
         """The fixed point, (B, ...), started from ``z0`` (zeros in the shape of x unless given).
 
+        A ``z0`` that is a nest of tensors, of one batch size, dtype and device, makes the state one; the fixed point
+        is returned in its structure, and so are ``last_solution.z`` and ``last_adjoint.z``. Its tensors are views of
+        one buffer.
+
         Raises:
-            ValueError: if the cell returns another shape, dtype or device than the state's; if a solver compacts and
-                the cell has a batch norm or a dropout in training mode; with ``cuda_graph``, if the state is not on a
-                CUDA or ROCm device, a solver compacts, or there is a DEQ layer in the cell.
+            ValueError: if the cell returns another structure, shape, dtype or device than the state's; if z0 is of
+                several batch sizes, dtypes or devices; if a solver compacts and the cell has a batch norm or a dropout
+                in training mode; with ``cuda_graph``, if the state is not on a CUDA or ROCm device, a solver compacts,
+                or there is a DEQ layer in the cell.
         """
-        device_type = x.device.type
+        inputs, x_skeleton = flatten(x, "x")
+        device_type = inputs[0].device.type
         autocast = torch.is_autocast_enabled(device_type)
         autocast_dtype = torch.get_autocast_dtype(device_type)
         if z0 is None:
-            z0 = torch.zeros_like(x)
-        if autocast and z0.dtype in (torch.float16, torch.bfloat16):
-            z0 = z0.float()
+            starts, skeleton = [torch.zeros_like(tensor) for tensor in inputs], x_skeleton
+        else:
+            starts, skeleton = flatten(z0, "z0")
+        if autocast:
+            starts = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in starts]
+        # From here on a state is one tensor.
+        packing = None if isinstance(skeleton, int) else Packing(unflatten(skeleton, starts))
+        start = starts[0] if packing is None else packing.pack(unflatten(skeleton, starts))
 
-        def map_of(x: Tensor) -> FixedPointMap:
-            def f(z: Tensor) -> Tensor:
+        def map_of(inputs: Sequence[Tensor]) -> FixedPointMap:
+            x = unflatten(x_skeleton, inputs)
+
+            def f(z: Any) -> Any:
                 if not autocast:
                     return self.cell(z, x)
                 # Named again, since the backward solve may call this where autocast is off. A recording must not read
                 # a weight that autocast has cast before.
                 with torch.autocast(device_type, dtype=autocast_dtype, cache_enabled=cache_enabled):
-                    return self.cell(z, x).to(z.dtype)
+                    return self.cell(z, x).to(z.dtype) if packing is None else self.cell(z, x)
 
-            return f
+            return f if packing is None else packing.flat_map(f, cast=autocast)
 
         cache_enabled = torch.is_autocast_cache_enabled() and not self.cuda_graph
-        mode = autocast_dtype if autocast else None
-        recorded_with = self._versions(x)
+        # All that a recording depends on besides the shapes and the cell.
+        mode = (autocast_dtype if autocast else None, repr(x_skeleton), repr(packing))
+        recorded_with = self._versions(inputs)
 
         def refuse_changes() -> None:
-            if self._versions(x) != recorded_with:
+            if self._versions(inputs) != recorded_with:
                 raise ValueError(
                     "x or the cell's parameters were modified in place or replaced between the forward and the "
                     "backward pass, which a backward solve that compacts or replays a graph needs as they were: use "
@@ -112,35 +139,40 @@ class DEQ(nn.Module):
 
         def restrict(index: Tensor) -> FixedPointMap:
             refuse_changes()
-            return map_of(x.detach()[index])
+            return map_of([tensor.detach()[index] for tensor in inputs])
 
         def solve_adjoint(solver: Solver, z: Tensor, right_side: Tensor) -> Solution:
             refuse_changes()
-            return self.graphs.solve_adjoint(solver, map_of, self.cell, x, z, right_side, mode)
+            return self.graphs.solve_adjoint(solver, map_of, self.cell, inputs, z, right_side, mode)
 
-        f = map_of(x)
+        def account(solution: Solution) -> Solution[Any]:
+            return solution if packing is None else replace(solution, z=packing.unpack(solution.z))
+
+        f = map_of(inputs)
         given = restrict if self._compacts() else None
         if self.cuda_graph:
             self._refuse_nested_graphs()
-            solution = self.graphs.solve(self.solver, map_of, self.cell, x, z0, mode)
+            solution = self.graphs.solve(self.solver, map_of, self.cell, inputs, start, mode)
         else:
-            solution = self.solver.solve(f, z0, restrict=given)
-        self.last_solution, self.last_adjoint = solution, None
+            solution = self.solver.solve(f, start, restrict=given)
+        found = self.last_solution = account(solution)
+        self.last_adjoint = None
         if not torch.is_grad_enabled():
-            return solution.z
+            return found.z
 
         def record(adjoint: Solution) -> None:
             # A layer used twice in one graph keeps the accounts of its last use, both of them.
-            if self.last_solution is solution:
-                self.last_adjoint = adjoint
+            if self.last_solution is found:
+                self.last_adjoint = account(adjoint)
 
         replayed = solve_adjoint if self.cuda_graph else None
-        return self.gradient.attach(f, solution.z, Backward(self.solver, record, given, replayed))
+        z_star = self.gradient.attach(f, solution.z, Backward(self.solver, record, given, replayed))
+        return z_star if packing is None else packing.release(z_star)
 
-    def _versions(self, x: Tensor) -> list[tuple[int, int]]:
+    def _versions(self, inputs: Sequence[Tensor]) -> list[tuple[int, int]]:
         """What tells whether tensors are the same and unchanged (inference tensors count nothing: left out)."""
         parameters = self.cell.parameters() if isinstance(self.cell, nn.Module) else ()
-        return [(id(tensor), tensor._version) for tensor in (x, *parameters) if not tensor.is_inference()]
+        return [(id(tensor), tensor._version) for tensor in (*inputs, *parameters) if not tensor.is_inference()]
 
     def _refuse_nested_graphs(self) -> None:
         for name, module in self.cell.named_modules() if isinstance(self.cell, nn.Module) else ():

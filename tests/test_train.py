@@ -147,6 +147,7 @@ MISTAKES = {
     "solver.check_every=0": "solver.check_every must be an integer of at least 1, got 0",
     "solver=null": "solver must be one of anderson, broyden, forward, got null; leave it out for the default",
     "optim.optimizer=null": "optim.optimizer cannot be null",
+    "warm_start=0.5": "warm_start must be true or false, got 0.5",
     "stop=median": "stop must be one of max, mean, got 'median'",
     "max_iter=0": "max_iter must be an integer of at least 1, got 0",
     "regularization=none": "regularization must be one of scaled, absolute, got 'none'",

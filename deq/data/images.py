@@ -135,11 +135,15 @@ class Batches:
 
         The order depends on (seed, epoch) alone, so that a resumed run sees what the uninterrupted one saw.
         """
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         split = self.data.train
-        order = torch.randperm(len(split), generator=generator).to(split.labels.device)
-        for chosen in torch.split(order, self.batch_size)[start:]:
+        for chosen in self.chosen(epoch, start):
             yield self._normalised(augment(split.images[chosen], self._transform)), split.labels[chosen]
+
+    def chosen(self, epoch: int, start: int = 0) -> tuple[Tensor, ...]:
+        """Which samples of the training set the batches of :meth:`train` hold: (B,) int64 each."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.data.train), generator=generator).to(self.data.train.labels.device)
+        return torch.split(order, self.batch_size)[start:]
 
     def test(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The test set in its own order, not augmented; shapes as in :meth:`train`."""

@@ -112,7 +112,10 @@ class EquilibriumClassifier(nn.Module):
         injection: Tensor = self.stem(images)
         return injection
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits. images: (B, image_channels, H, W) float → (B, classes) float."""
-        logits: Tensor = self.head(self.deq(self.inject(images)))
+    def forward(self, images: Tensor, z0: Tensor | None = None) -> Tensor:
+        """Logits. images: (B, image_channels, H, W) float → (B, classes) float.
+
+        z0: (B, channels, H, W), where the solve starts; zeros unless given.
+        """
+        logits: Tensor = self.head(self.deq(self.inject(images), z0))
         return logits

@@ -5,26 +5,33 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from kernels import residual_norm
 from kernels.state import accumulator_dtype, on_device
 
+from .state import Nest, Packing, flatten, unflatten
+
 Stop = Literal["max", "mean"]
 FixedPointMap = Callable[[Tensor], Tensor]
 """f: (B, ...) -> (B, ...), the same shape, dtype and device; samples do not mix."""
+State = TypeVar("State", bound=Nest, default=Tensor)
+"""A tensor, (B, ...), or a tuple, list or dict of states: several scales of one model."""
 
 
 @dataclass(frozen=True, repr=False)
-class Solution:
+class Solution(Generic[State]):
     """What a solve found, per sample, and what it cost. All tensors are detached and on the state's device."""
 
-    z: Tensor
-    """(B, ...) the iterate of lowest relative residual still in the solver's window, or (Broyden's method) of all."""
+    z: State
+    """(B, ...) the iterate of lowest relative residual still in the solver's window, or (Broyden's method) of all.
+
+    In the structure of ``z0`` where that is a nest of tensors; residuals are then those of all of them together."""
     residual: Tensor
     """(B,) relative residual ``||f(z) - z|| / ||f(z)||`` at ``z``; NaN or inf where f was never finite."""
     iterations: Tensor
@@ -45,10 +52,12 @@ class Solution:
 
     def __repr__(self) -> str:
         count, total = int(self.converged.sum()), self.converged.numel()
+        leaves, skeleton = flatten(self.z, "z")
+        shapes = unflatten(skeleton, [tuple(leaf.shape) for leaf in leaves])
         return (
             f"Solution({count} of {total} converged, {self.evaluations} evaluations, "
             f"iterations {_spread(self.iterations.float(), '.0f')}, residual {_spread(self.residual, '.1e')}, "
-            f"z {tuple(self.z.shape)} {self.z.dtype})"
+            f"z {shapes} {leaves[0].dtype})"
         )
 
 
@@ -137,20 +146,49 @@ class Solver(ABC):
         """The state of a solve that begins at x, (B, d) contiguous; ``in_place`` if every step is to write into x."""
 
     @torch.no_grad()
-    def solve(self, f: FixedPointMap, z0: Tensor, *, trace: bool = False, restrict: Restrict | None = None) -> Solution:
+    def solve(
+        self,
+        f: Callable[[State], State],
+        z0: State,
+        *,
+        trace: bool = False,
+        restrict: Callable[[Tensor], Callable[[State], State]] | None = None,
+    ) -> Solution[State]:
         """Iterates from ``z0`` until the stopping test holds or ``max_iter`` evaluations are made.
 
         Args:
             f: (B, ...) -> (B, ...), of the same shape, dtype and device. It must not write into its argument, nor
                 keep it: the next iterate takes its place.
-            z0: (B, ...) floating point, the initial iterate; it is not modified.
+            z0: (B, ...) floating point, the initial iterate; it is not modified. Or a tuple, list or dict of such
+                tensors, or a nest of them, of one batch size, dtype and device: f is then given views, in that
+                structure, of one flat iterate (no copies; rows are D elements apart, D being the elements a sample
+                has in all of them), and what it returns is copied into one.
             trace: keep the residual of every sample after every evaluation.
             restrict: index, (n,) int64 -> f for these samples alone, (n, ...) -> (n, ...); needed by ``compact``.
 
         Raises:
-            ValueError: if ``z0`` has no elements or is not floating point; if f returns another shape, dtype or
-                device, or writes into its argument; if ``compact`` is on without ``restrict``.
+            ValueError: if ``z0`` has no elements, is not floating point or is of several batch sizes, dtypes or
+                devices; if f returns another structure, shape, dtype or device, or writes into its argument; if
+                ``compact`` is on without ``restrict``.
+
+        Example:
+            >>> import torch
+            >>> from deq.solvers import Forward
+            >>> z0 = {"high": torch.zeros(2, 4, 3), "low": torch.zeros(2, 5)}
+            >>> f = lambda z: {"high": 0.5 * z["high"] + 1, "low": 0.5 * z["low"] + z["high"].mean((1, 2))[:, None]}
+            >>> solution = Forward(tol=1e-4).solve(f, z0)
+            >>> solution.z["low"].shape, solution.converged
+            (torch.Size([2, 5]), tensor([True, True]))
         """
+        if isinstance(z0, Tensor):
+            found: Any = self._solve(cast(FixedPointMap, f), z0, trace, cast("Restrict | None", restrict))
+            return cast("Solution[State]", found)
+        packing = Packing(z0)
+        parts = None if restrict is None else (lambda index: packing.flat_map(restrict(index)))
+        found = self._solve(packing.flat_map(f), packing.pack(z0), trace, parts)
+        return cast("Solution[State]", replace(found, z=packing.unpack(found.z)))
+
+    def _solve(self, f: FixedPointMap, z0: Tensor, trace: bool, restrict: Restrict | None) -> Solution:
         if z0.ndim < 1 or z0.numel() == 0 or not z0.is_floating_point():
             raise ValueError(
                 f"z0 must be (B, ...) floating point with at least one element, got {tuple(z0.shape)} {z0.dtype}"

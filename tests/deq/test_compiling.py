@@ -37,3 +37,25 @@ def test_a_compiled_cell_has_the_gradients_of_the_cell() -> None:
     for expected, got in zip(cell.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(got.grad, expected.grad, rtol=1e-3, atol=1e-6)
     assert torch._functorch.config.donated_buffer is donated_buffer, "the process's setting is left as it was"
+
+
+class TwoScales(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, z: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+        both = torch.tanh(0.4 * self.linear(torch.cat([z["fine"].flatten(1), z["coarse"]], dim=1)) + x)
+        return {"fine": both[:, :6].reshape(-1, 2, 3), "coarse": both[:, 6:]}
+
+
+def test_a_compiled_cell_of_a_nested_state_has_the_gradients_of_the_cell() -> None:
+    cell = TwoScales()
+    compiled = copy.deepcopy(cell)
+    compiled.compile()
+    x = torch.randn(4, 8)
+    for one in (cell, compiled):
+        z = DEQ(one, solver=Anderson(tol=1e-6))(x, z0={"fine": torch.zeros(4, 2, 3), "coarse": torch.zeros(4, 2)})
+        (z["fine"].square().sum() + z["coarse"].cos().sum()).backward()
+    for expected, got in zip(cell.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-3, atol=1e-6)

@@ -66,6 +66,15 @@ def test_order_depends_on_seed_and_epoch_alone_and_can_be_entered_in_the_middle(
     assert not torch.equal(whole[0], next(Batches(digits(), 100, seed=4).train(epoch=1))[1])
 
 
+def test_the_chosen_samples_are_those_of_the_batches() -> None:
+    batches = Batches(digits(), 100, seed=3)
+    chosen = batches.chosen(epoch=1, start=4)
+    for index, (images, labels) in zip(chosen, batches.train(epoch=1, start=4), strict=True):
+        assert torch.equal(batches.data.train.labels[index], labels)
+        assert torch.equal(batches._normalised(batches.data.train.images[index]), images)
+    assert torch.equal(torch.cat(batches.chosen(epoch=1)).sort().values, torch.arange(1437))
+
+
 def test_each_image_is_augmented_on_its_own() -> None:
     data = digits(augment="crop")
     same = data.train.images[:1].expand(64, -1, -1, -1)

@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -241,6 +242,53 @@ def test_an_input_changed_in_place_before_the_backward_pass_is_refused(recorders
     x.mul_(2)
     with pytest.raises(ValueError, match="modified in place"):
         z.sum().backward()
+
+
+class TwoScales(Cell):
+    """A state in two tensors that is handed back in the other order, and an input in two."""
+
+    def forward(self, z: Any, x: Any) -> dict[str, Tensor]:
+        fine, coarse = super().forward(joined(z), joined(x)).split([8, 4], dim=1)
+        return {"coarse": coarse, "fine": fine.view(-1, 2, 4)}
+
+
+def joined(z: dict[str, Tensor]) -> Tensor:
+    return torch.cat([z["fine"].flatten(1), z["coarse"]], dim=1)
+
+
+@pytest.mark.parametrize("solver", [SOLVERS["Anderson"], SOLVERS["Forward"]], ids=["Anderson", "Forward"])
+def test_a_nested_state_is_recorded_as_one_tensor_to_the_bit(
+    solver: Solver, recorders: list[ReplayingRecorder]
+) -> None:
+    cell = TwoScales()
+    graphed, plain = layer(cell, cuda_graph=True, solver=solver), layer(cell, cuda_graph=False, solver=solver)
+    for _ in range(2):
+        flat = torch.randn(2, 12)
+        z0 = {"fine": torch.randn(2, 2, 4), "coarse": torch.randn(2, 4)}
+        results = []
+        for deq in (graphed, plain):
+            x = flat.clone().requires_grad_()
+            cell.zero_grad()
+            out = deq({"fine": x[:, :8].reshape(2, 2, 4), "coarse": x[:, 8:]}, z0=z0)
+            (joined(out) * torch.linspace(-1, 1, 24).view(2, 12)).sum().backward()
+            assert deq.last_solution is not None
+            assert deq.last_adjoint is not None
+            adjoint = joined(deq.last_adjoint.z)
+            results.append([joined(out), x.grad, adjoint, *[p.grad for p in cell.parameters()]])
+        for got, expected in zip(*results, strict=True):
+            assert got is not None
+            assert torch.equal(got, expected)
+    assert len(recorders) == 2
+
+
+def test_the_same_tensors_in_another_structure_are_recorded_apart(recorders: list[ReplayingRecorder]) -> None:
+    deq = DEQ(lambda z, x: {key: 0.5 * z[key] + x * (key == "a") for key in z}, SOLVERS["Forward"], cuda_graph=True)
+    x = torch.ones(2, 3)
+    with torch.no_grad():
+        for keys in (("a", "b"), ("b", "a"), ("b", "c")):
+            z = deq(x, z0={key: torch.ones(2, 3) for key in keys})
+            assert {key: bool((value > 1).all()) for key, value in z.items()} == {key: key == "a" for key in keys}
+    assert len(recorders) == 3
 
 
 def test_the_jacobian_free_gradient_needs_no_second_recording(recorders: list[ReplayingRecorder]) -> None:

@@ -95,19 +95,23 @@ def saved_through_a_file(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     return loaded
 
 
-@pytest.mark.parametrize("step", [1, 7, 10], ids=["first step", "middle of an epoch", "last step of an epoch"])
-def test_resumed_run_equals_uninterrupted_run(step: int, tmp_path: Path) -> None:
-    whole = trainer(tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("step", "warm_start"),
+    [(1, False), (7, False), (10, False), (8, True)],
+    ids=["first step", "middle of an epoch", "last step of an epoch", "warm starts"],
+)
+def test_resumed_run_equals_uninterrupted_run(step: int, warm_start: bool, tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole", warm_start=warm_start)
     expected = whole.run()
 
     saved: list[dict[str, Any]] = []
     data = digits(augment="crop", train_size=160, test_size=64)
-    first = trainer(tmp_path / "first", batches=StopsAt(data, signal.SIGINT, step), saved=saved)
+    first = trainer(tmp_path / "first", warm_start=warm_start, batches=StopsAt(data, signal.SIGINT, step), saved=saved)
     with pytest.raises(Interrupted):
         first.run()
     assert first.position.step == step
 
-    second = trainer(tmp_path / "second")
+    second = trainer(tmp_path / "second", warm_start=warm_start)
     torch.rand(13)  # the state of the generators has to come from the checkpoint
     second.restore(saved_through_a_file(saved[-1], tmp_path))
     result = second.run()
@@ -178,6 +182,26 @@ def test_a_sample_takes_part_in_fewer_evaluations_only_where_the_solver_compacts
         assert forward[0] == pytest.approx(forward[1])
         assert backward[0] == pytest.approx(backward[1])
     assert all("solver/forward_sample_evaluations" in row for row in run.tracker.rows)
+
+
+def test_warm_starts_change_nothing_in_the_first_epoch_and_save_evaluations_in_the_later_ones(tmp_path: Path) -> None:
+    cold, warm = (
+        trainer(tmp_path / str(warm), warm_start=warm, augment="none", schedule="constant", log_every=STEPS_AN_EPOCH)
+        for warm in (False, True)
+    )
+    cold.run()
+    warm.run()
+    assert without_clocks(warm.tracker.rows[:1]) == without_clocks(cold.tracker.rows[:1])
+    for row, other in zip(warm.tracker.rows[1:], cold.tracker.rows[1:], strict=True):
+        assert row["solver/forward_evaluations"] < other["solver/forward_evaluations"]
+        assert row["solver/forward_residual"] <= SOLVER.tol
+    assert warm.last_evaluation["test/loss"] == pytest.approx(cold.last_evaluation["test/loss"], rel=0.02)
+
+
+def test_a_checkpoint_without_starts_is_refused_by_a_run_with_them(tmp_path: Path) -> None:
+    state = trainer(tmp_path / "cold", max_steps=1).state()
+    with pytest.raises(UserError, match=r"does not fit this version's train.py"):
+        trainer(tmp_path / "warm", max_steps=1, warm_start=True).restore(state)
 
 
 def test_no_backward_names_without_a_backward_solve(tmp_path: Path) -> None:

@@ -1,0 +1,156 @@
+"""What keeps the map of a DEQ layer well-behaved in training: penalties, and a look at its spectrum."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deq.gradients import adjoint_map, recorded
+from deq.solvers.base import FixedPointMap
+from kernels.state import accumulator_dtype
+
+
+def jacobian_penalty(f: FixedPointMap, z: Tensor, probes: int = 1, generator: torch.Generator | None = None) -> Tensor:
+    """Hutchinson's estimate of ``||J||_F^2 / d``, the mean over the batch, with J = df/dz at z: () float.
+
+    With v of independent signs ±1 (Rademacher), ``E ||J^T v||^2 = ||J||_F^2``; the estimate is the mean over the
+    probes v and the samples, divided by the d elements of a sample, as in the paper. Unbiased with any number of
+    probes; exact, with one, where J J^T is diagonal. Signs have less variance than the paper's Gaussian probes.
+
+    Differentiable in what f closes over (a second derivative of f), not in z: the penalty shapes the map where its
+    fixed point is, and does not move it. Squares are summed in float32 at least, under autocast too. A cell that is
+    compiled runs as it was written, since a compiled backward has no derivative.
+
+    Cost: an evaluation of f and ``probes`` products J^T v; in ``backward`` about as much again.
+
+    Args:
+        f: (B, ...) -> (B, ...), samples independent; see ``DEQ.equilibrium`` for that of a layer.
+        z: (B, ...) floating point, where J is taken: the fixed point.
+        probes: vectors v, at least 1.
+        generator: draws the signs; default: the global one of z's device.
+
+    Raises:
+        ValueError: if ``probes`` is below 1.
+
+    Source: Bai, Koltun & Kolter 2021, *Stabilizing equilibrium models by Jacobian regularization*, section 4.1;
+    Hutchinson 1990, *A stochastic estimator of the trace of the influence matrix*.
+
+    Example:
+        >>> import torch
+        >>> slope = torch.tensor([0.5, 1.0, 2.0, 0.0], requires_grad=True)
+        >>> penalty = jacobian_penalty(lambda z: slope * z, torch.zeros(3, 4))
+        >>> penalty.backward()
+        >>> penalty.detach(), slope.grad  # (0.25 + 1 + 4 + 0) / 4 and slope / 2
+        (tensor(1.3125), tensor([0.2500, 0.5000, 1.0000, 0.0000]))
+    """
+    _check_count("probes", probes)
+    with torch.enable_grad(), _uncompiled():
+        z = z.detach().requires_grad_()
+        f_z = f(z)
+        total = torch.zeros((), dtype=accumulator_dtype(z.dtype), device=z.device)
+        for _ in range(probes if f_z.requires_grad else 0):  # else f is a constant
+            signs = torch.empty_like(f_z).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+            (product,) = torch.autograd.grad(f_z, z, signs, create_graph=True, materialize_grads=True)
+            total = total + product.to(total.dtype).square().sum()
+    return total / (probes * z.numel())
+
+
+class SpectralRadius(NamedTuple):
+    """What :func:`spectral_radius` found."""
+
+    radius: Tensor
+    """(B,) float32, or float64 where z is: the largest modulus of an eigenvalue of J; NaN where J is not finite. Of a
+    sample that has not converged, the growth of a vector per step, geometric mean over the later half of the steps."""
+    converged: Tensor
+    """(B,) bool: the eigenpair that the radius comes from leaves a residual of at most ``tol`` times it."""
+    steps: int
+    """Steps made, of two products J^T v each."""
+
+
+def spectral_radius(
+    f: FixedPointMap, z: Tensor, steps: int = 100, tol: float = 1e-3, generator: torch.Generator | None = None
+) -> SpectralRadius:
+    """The spectral radius of J = df/dz at z, per sample, by power iteration on a block of two vectors.
+
+    The Rayleigh quotient of a single vector goes on for ever where the dominant eigenvalues are a complex pair, or λ
+    and -λ: a real vector turns in their plane. Two vectors, made orthonormal in every step (Q), span that plane, and
+    the 2 x 2 matrix ``Q^T A Q`` has their moduli. A = J^T, which has the eigenvalues of J: products with it need one
+    recorded evaluation of f in all, those with J one in every step, and a forward-mode formula of every operation.
+
+    A pair (θ, Q y) counts as converged with ``||A Q y - θ Q y|| <= tol |θ|``: θ is then an eigenvalue of a matrix
+    that near to A. In a matrix far from normal, eigenvalues move by more than that. The error falls by the ratio of
+    the next largest modulus to the largest in every step. Where more than two eigenvalues are about as large, a block
+    of two finds none of them, but how fast vectors grow tells their modulus: such a sample gets that, within the
+    inverse of the number of steps, and is marked as not converged.
+
+    Cost: an evaluation of f and two products with J^T a step. Nothing is differentiable. For a look now and then: the
+    stopping test waits for the device in every step.
+
+    Args:
+        f: (B, ...) -> (B, ...), samples independent; see ``DEQ.equilibrium`` for that of a layer.
+        z: (B, ...) floating point, where J is taken.
+        steps: at most this many, at least 1.
+        tol: relative, see above; ends the iteration when every sample is there.
+        generator: draws the first block; default: the global one of z's device.
+
+    Raises:
+        ValueError: if ``steps`` is below 1 or ``tol`` negative.
+
+    Source: Stewart 1976, *Simultaneous iteration for computing invariant subspaces of non-Hermitian matrices*; the
+    radius as a measure of a DEQ's stability: Bai, Koltun & Kolter 2021.
+
+    Example:
+        >>> import torch
+        >>> turn = 0.9 * torch.tensor([[0.6, -0.8], [0.8, 0.6]])  # eigenvalues 0.9 (0.6 ± 0.8i)
+        >>> spectral_radius(lambda z: z @ turn, torch.zeros(3, 2)).radius
+        tensor([0.9000, 0.9000, 0.9000])
+    """
+    _check_count("steps", steps)
+    if not tol >= 0:
+        raise ValueError(f"tol must be at least 0, got {tol} (relative: 1e-3 is usual)")
+    with _uncompiled():
+        z = z.detach().requires_grad_()
+        f_z = recorded(f, z)
+    dtype = accumulator_dtype(z.dtype)
+    batch_size, d = len(z), z[0].numel()
+    if not f_z.requires_grad:  # f is a constant
+        zeros = torch.zeros(batch_size, dtype=dtype, device=z.device)
+        return SpectralRadius(zeros, zeros == 0, 0)
+    transposed = adjoint_map(f_z, z, torch.zeros_like(z))
+    growth: list[Tensor] = []
+    with torch.no_grad():
+        AQ = torch.randn(batch_size, d, min(2, d), dtype=dtype, device=z.device, generator=generator)
+        for _ in range(steps):
+            Q = torch.linalg.qr(AQ).Q
+            AQ = torch.stack([transposed(q.reshape(z.shape).to(z.dtype)).flatten(1) for q in Q.unbind(2)], 2).to(dtype)
+            growth.append(torch.linalg.vector_norm(AQ[:, :, 0], dim=1))  # of the plain power iteration
+            H = Q.mT @ AQ
+            # On the host: a tiny problem, and not every build of PyTorch has eigenvalues on its device.
+            finite = torch.isfinite(H).all(dim=2).all(dim=1)
+            values, vectors = (
+                tensor.to(z.device) for tensor in torch.linalg.eig(torch.where(finite[:, None, None], H, 0.0).cpu())
+            )
+            radius, largest = values.abs().max(dim=1)
+            y = vectors.gather(2, largest[:, None, None].expand(-1, vectors.shape[1], 1))
+            residual = torch.linalg.vector_norm((AQ - Q @ H).to(y.dtype) @ y, dim=(1, 2))
+            converged = finite & (residual <= tol * radius)
+            if bool((converged | ~finite).all()):
+                break
+        grown = torch.stack(growth[len(growth) // 2 :]).log().mean(dim=0).exp()
+    return SpectralRadius(torch.where(converged, radius, torch.where(finite, grown, torch.nan)), converged, len(growth))
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled in this process
+        return contextlib.nullcontext()
+    eager: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager

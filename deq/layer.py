@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from deq.gradients import Backward, Gradient, Implicit
 from deq.graphs import LayerGraphs
+from deq.held import hold
 from deq.solvers import Anderson, Solution, Solver
 from deq.solvers.base import FixedPointMap
 
@@ -75,9 +75,10 @@ class DEQ(nn.Module):
         """The fixed point, (B, ...), started from ``z0`` (zeros in the shape of x unless given).
 
         Raises:
-            ValueError: if the cell returns another shape, dtype or device than the state's; if a solver compacts and
-                the cell has a batch norm or a dropout in training mode; with ``cuda_graph``, if the state is not on a
-                CUDA or ROCm device, a solver compacts, or there is a DEQ layer in the cell.
+            ValueError: if the cell returns another shape, dtype or device than the state's; if it is another map at
+                every call (a dropout in training mode, see :func:`deq.held.hold`); if a solver compacts and the cell
+                has a batch norm in training mode; with ``cuda_graph``, if the state is not on a CUDA or ROCm device, a
+                solver compacts, or there is a DEQ layer in the cell.
         """
         device_type = x.device.type
         autocast = torch.is_autocast_enabled(device_type)
@@ -87,13 +88,16 @@ class DEQ(nn.Module):
         if autocast and z0.dtype in (torch.float16, torch.bfloat16):
             z0 = z0.float()
 
-        def map_of(x: Tensor) -> FixedPointMap:
+        held = hold(self.cell, len(z0), cuda_graph=self.cuda_graph)
+
+        def map_of(x: Tensor, index: Tensor | None = None) -> FixedPointMap:
             def f(z: Tensor) -> Tensor:
                 if not autocast:
-                    return self.cell(z, x)
+                    with held(index):
+                        return self.cell(z, x)
                 # Named again, since the backward solve may call this where autocast is off. A recording must not read
                 # a weight that autocast has cast before.
-                with torch.autocast(device_type, dtype=autocast_dtype, cache_enabled=cache_enabled):
+                with torch.autocast(device_type, dtype=autocast_dtype, cache_enabled=cache_enabled), held(index):
                     return self.cell(z, x).to(z.dtype)
 
             return f
@@ -112,7 +116,7 @@ class DEQ(nn.Module):
 
         def restrict(index: Tensor) -> FixedPointMap:
             refuse_changes()
-            return map_of(x.detach()[index])
+            return map_of(x.detach()[index], index)
 
         def solve_adjoint(solver: Solver, z: Tensor, right_side: Tensor) -> Solution:
             refuse_changes()
@@ -160,11 +164,6 @@ class DEQ(nn.Module):
                 raise ValueError(
                     f"compact=True needs a cell that treats samples independently, but its {name or 'module'} is a "
                     f"{type(module).__name__} in training mode, which mixes them: use compact=False or a GroupNorm"
-                )
-            if isinstance(module, _DropoutNd) and module.training and module.p > 0:
-                raise ValueError(
-                    f"compact=True needs a cell that is the same map at every call, but its {name or 'module'} is a "
-                    f"{type(module).__name__} in training mode: use compact=False"
                 )
         return True
 

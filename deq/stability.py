@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from deq.gradients import adjoint_map, recorded
+from deq.held import VariationalDropout
 from deq.solvers.base import FixedPointMap
 from kernels.state import accumulator_dtype
+
+__all__ = ["SpectralRadius", "VariationalDropout", "jacobian_penalty", "spectral_radius"]
 
 
 def jacobian_penalty(f: FixedPointMap, z: Tensor, probes: int = 1, generator: torch.Generator | None = None) -> Tensor:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from deq.gradients import Backward, Gradient, Implicit
+from deq.gradients import Backward, Gradient, Implicit, JacobianFree
 from deq.graphs import LayerGraphs
 from deq.held import hold
 from deq.solvers import Anderson, Solution, Solver
 from deq.solvers.base import FixedPointMap
+
+
+@dataclass(frozen=True)
+class Equilibrium:
+    """A fixed point, and what losses on the way to it and on the map around it need."""
+
+    z: Tensor
+    """(B, ...) the fixed point, with the layer's gradient."""
+    states: tuple[Tensor, ...]
+    """(B, ...) each: iterates on the way, with the gradient of one evaluation of f at each (``JacobianFree``)."""
+    f: FixedPointMap
+    """The map that was solved, x and all: its dropout masks and parametrised weights are those of the solve."""
 
 
 class DEQ(nn.Module):
@@ -75,10 +88,32 @@ class DEQ(nn.Module):
         """The fixed point, (B, ...), started from ``z0`` (zeros in the shape of x unless given).
 
         Raises:
+            ValueError: see :meth:`equilibrium`.
+        """
+        return self.equilibrium(x, z0).z
+
+    def equilibrium(self, x: Tensor, z0: Tensor | None = None, *, corrections: Collection[int] = ()) -> Equilibrium:
+        """The fixed point with its map, and the iterates after the evaluations numbered in ``corrections``.
+
+        The layer keeps nothing of it. A solve that ends earlier has fewer states. Cost: one recorded evaluation of f
+        for each state. For :func:`deq.stability.correction_loss`, ``jacobian_penalty`` and ``spectral_radius``.
+
+        Args:
+            x, z0: as in a call of the layer.
+            corrections: evaluations, counted from 1 to the solver's ``max_iter``.
+
+        Raises:
             ValueError: if the cell returns another shape, dtype or device than the state's; if it is another map at
                 every call (a dropout in training mode, see :func:`deq.held.hold`); if a solver compacts and the cell
                 has a batch norm in training mode; with ``cuda_graph``, if the state is not on a CUDA or ROCm device, a
-                solver compacts, or there is a DEQ layer in the cell.
+                solver compacts, there is a DEQ layer in the cell, or corrections are asked for; if a correction is
+                never reached.
+
+        Example:
+            >>> import torch
+            >>> layer = DEQ(lambda z, x: 0.5 * z + x, Anderson(window=1))
+            >>> [z.item() for z in layer.equilibrium(torch.ones(1, 1), corrections=(1, 3)).states]
+            [1.0, 1.75]
         """
         device_type = x.device.type
         autocast = torch.is_autocast_enabled(device_type)
@@ -125,13 +160,20 @@ class DEQ(nn.Module):
         f = map_of(x)
         given = restrict if self._compacts() else None
         if self.cuda_graph:
+            if corrections:
+                raise ValueError(
+                    f"cuda_graph=True replays a solve without its iterates, but corrections={tuple(corrections)} were "
+                    "asked for: use cuda_graph=False"
+                )
             self._refuse_nested_graphs()
             solution = self.graphs.solve(self.solver, map_of, self.cell, x, z0, mode)
         else:
-            solution = self.solver.solve(f, z0, restrict=given)
+            solution = self.solver.solve(f, z0, restrict=given, states_at=corrections)
+        # The states belong to the caller: an account is kept until the next call.
+        states, solution = solution.states, replace(solution, states=())
         self.last_solution, self.last_adjoint = solution, None
         if not torch.is_grad_enabled():
-            return solution.z
+            return Equilibrium(solution.z, states, f)
 
         def record(adjoint: Solution) -> None:
             # A layer used twice in one graph keeps the accounts of its last use, both of them.
@@ -139,7 +181,9 @@ class DEQ(nn.Module):
                 self.last_adjoint = adjoint
 
         replayed = solve_adjoint if self.cuda_graph else None
-        return self.gradient.attach(f, solution.z, Backward(self.solver, record, given, replayed))
+        backward = Backward(self.solver, record, given, replayed)
+        z = self.gradient.attach(f, solution.z, backward)
+        return Equilibrium(z, tuple(JacobianFree().attach(f, state, backward) for state in states), f)
 
     def _versions(self, x: Tensor) -> list[tuple[int, int]]:
         """What tells whether tensors are the same and unchanged (inference tensors count nothing: left out)."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +17,14 @@ from deq.held import VariationalDropout
 from deq.solvers.base import FixedPointMap
 from kernels.state import accumulator_dtype
 
-__all__ = ["SpectralRadius", "VariationalDropout", "jacobian_penalty", "spectral_radius"]
+__all__ = [
+    "SpectralRadius",
+    "StabilityLosses",
+    "VariationalDropout",
+    "correction_loss",
+    "jacobian_penalty",
+    "spectral_radius",
+]
 
 
 def jacobian_penalty(f: FixedPointMap, z: Tensor, probes: int = 1, generator: torch.Generator | None = None) -> Tensor:
@@ -39,7 +49,7 @@ def jacobian_penalty(f: FixedPointMap, z: Tensor, probes: int = 1, generator: to
     Raises:
         ValueError: if ``probes`` is below 1.
 
-    Source: Bai, Koltun & Kolter 2021, *Stabilizing equilibrium models by Jacobian regularization*, section 4.1;
+    Source: Bai, Koltun & Kolter 2021, *Stabilizing equilibrium models by Jacobian regularization*;
     Hutchinson 1990, *A stochastic estimator of the trace of the influence matrix*.
 
     Example:
@@ -140,11 +150,98 @@ def spectral_radius(
             radius, largest = values.abs().max(dim=1)
             y = vectors.gather(2, largest[:, None, None].expand(-1, vectors.shape[1], 1))
             residual = torch.linalg.vector_norm((AQ - Q @ H).to(y.dtype) @ y, dim=(1, 2))
-            converged = finite & (residual <= tol * radius)
+            converged = residual <= tol * radius
             if bool((converged | ~finite).all()):
                 break
         grown = torch.stack(growth[len(growth) // 2 :]).log().mean(dim=0).exp()
     return SpectralRadius(torch.where(converged, radius, torch.where(finite, grown, torch.nan)), converged, len(growth))
+
+
+def correction_loss(loss: Callable[[Tensor], Tensor], states: Sequence[Tensor], gamma: float = 0.8) -> Tensor:
+    """Fixed-point correction: ``sum_k gamma^(n + 1 - k) loss(z_k)`` over the n iterates z_1 ... z_n on the way: ().
+
+    To be added to the loss at the fixed point itself, the term k = n + 1, of weight 1. Teaches a solve to be near the
+    answer early, so that one that is cut short loses little.
+
+    Args:
+        loss: (B, ...) -> () of one iterate, whatever lies between it and the answer included.
+        states: those of ``DEQ.equilibrium(x, corrections=...)``, the earliest first; with none the sum is 0.
+        gamma: weight of the last of them, and ratio of each to the next, in (0, 1].
+
+    Raises:
+        ValueError: if ``gamma`` is outside its limits.
+
+    Source: Bai, Geng, Savani & Kolter 2022, *Deep equilibrium optical flow estimation* (sparse fixed-point correction).
+
+    Example:
+        >>> import torch
+        >>> from deq import DEQ
+        >>> equilibrium = DEQ(lambda z, x: 0.5 * z + x).equilibrium(torch.ones(1, 1), corrections=(1,))
+        >>> loss = lambda z: (z - 2).square().mean()
+        >>> loss(equilibrium.z) + correction_loss(loss, equilibrium.states, gamma=0.5)  # z_1 = 1, z* = 2
+        tensor(0.5000)
+    """
+    _check_gamma("gamma", gamma)
+    weights = [gamma ** (len(states) - k) for k in range(len(states))]
+    terms = [weight * loss(state) for weight, state in zip(weights, states, strict=True)]
+    return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+@dataclass(frozen=True)
+class StabilityLosses:
+    """Which losses of this module a training run adds to its own. All are off by default, and cost nothing then.
+
+    Args:
+        jacobian_weight: of :func:`jacobian_penalty` at the fixed point, at least 0.
+        jacobian_probability: of a step to take the penalty, above 0 and at most 1; the paper takes it in some steps
+            alone, since each costs about two evaluations of f and their backward pass.
+        corrections: evaluations of f after which the iterate gets a loss of its own, see :func:`correction_loss`.
+        gamma: weight of the last correction, and ratio of each to the next.
+
+    Raises:
+        ValueError: for an option outside its limits.
+
+    Example:
+        >>> StabilityLosses(corrections=[3, 6]).corrections
+        (3, 6)
+    """
+
+    jacobian_weight: float = 0.0
+    jacobian_probability: float = 1.0
+    corrections: Sequence[int] = ()
+    gamma: float = 0.8
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.jacobian_weight) or not 0 <= self.jacobian_weight < math.inf:
+            raise ValueError(f"stability.jacobian_weight must be a number of at least 0, got {self.jacobian_weight!r}")
+        if not _is_number(self.jacobian_probability) or not 0 < self.jacobian_probability <= 1:
+            raise ValueError(
+                f"stability.jacobian_probability must be a number above 0 and at most 1, got "
+                f"{self.jacobian_probability!r}; jacobian_weight=0 leaves the penalty out"
+            )
+        if not isinstance(self.corrections, Sequence):
+            raise ValueError(
+                f"stability.corrections must be a list of evaluations such as [3,6], got {self.corrections!r}"
+            )
+        for number in self.corrections:
+            _check_count("each of stability.corrections", number)
+        _check_gamma("stability.gamma", self.gamma)
+        object.__setattr__(self, "corrections", tuple(self.corrections))
+
+    def takes_penalty(self) -> bool:
+        """Whether this step takes the penalty; draws a number only where that is open."""
+        if not self.jacobian_weight:
+            return False
+        return self.jacobian_probability == 1 or float(torch.rand(())) < self.jacobian_probability
+
+
+def _check_gamma(name: str, value: Any) -> None:
+    if not _is_number(value) or not 0 < value <= 1:
+        raise ValueError(f"{name} must be a number above 0 and at most 1, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_count(name: str, value: Any) -> None:

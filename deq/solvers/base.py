@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -37,6 +37,8 @@ class Solution:
     """(B,) bool: residual <= tol."""
     trace: Tensor | None = None
     """(K, B) residual after each of the K evaluations, with ``solve(..., trace=True)``."""
+    states: tuple[Tensor, ...] = ()
+    """(B, ...) each: the iterates that ``solve(..., states_at=)`` asked for, as far as the solve came."""
 
     @property
     def idle_evaluations(self) -> int:
@@ -137,7 +139,15 @@ class Solver(ABC):
         """The state of a solve that begins at x, (B, d) contiguous; ``in_place`` if every step is to write into x."""
 
     @torch.no_grad()
-    def solve(self, f: FixedPointMap, z0: Tensor, *, trace: bool = False, restrict: Restrict | None = None) -> Solution:
+    def solve(
+        self,
+        f: FixedPointMap,
+        z0: Tensor,
+        *,
+        trace: bool = False,
+        restrict: Restrict | None = None,
+        states_at: Collection[int] = (),
+    ) -> Solution:
         """Iterates from ``z0`` until the stopping test holds or ``max_iter`` evaluations are made.
 
         Args:
@@ -145,10 +155,12 @@ class Solver(ABC):
             z0: (B, ...) floating point, the initial iterate; it is not modified.
             trace: keep the residual of every sample after every evaluation.
             restrict: index, (n,) int64 -> f for these samples alone, (n, ...) -> (n, ...); needed by ``compact``.
+            states_at: keep a copy of the iterates that follow these evaluations, counted from 1 to ``max_iter``.
 
         Raises:
             ValueError: if ``z0`` has no elements or is not floating point; if f returns another shape, dtype or
-                device, or writes into its argument; if ``compact`` is on without ``restrict``.
+                device, or writes into its argument; if ``compact`` is on without ``restrict``; if ``states_at`` names
+                an evaluation that is never made.
         """
         if z0.ndim < 1 or z0.numel() == 0 or not z0.is_floating_point():
             raise ValueError(
@@ -158,16 +170,25 @@ class Solver(ABC):
             raise ValueError(
                 "compact=True needs restrict=, which gives f for some samples alone (or use compact=False)"
             )
+        for number in states_at:
+            if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= self.max_iter:
+                raise ValueError(
+                    f"iterates are kept after evaluations 1 to max_iter={self.max_iter}, got {number!r}: name others, "
+                    "or raise max_iter"
+                )
         with on_device(z0.device):
-            return self._iterate(f, z0, trace, restrict)
+            return self._iterate(f, z0, trace, restrict, states_at)
 
-    def _iterate(self, f: FixedPointMap, z0: Tensor, trace: bool, restrict: Restrict | None) -> Solution:
+    def _iterate(
+        self, f: FixedPointMap, z0: Tensor, trace: bool, restrict: Restrict | None, states_at: Collection[int]
+    ) -> Solution:
         batch_size = z0.shape[0]
         x = z0.reshape(batch_size, -1).clone(memory_format=torch.contiguous_format)
         x_all, index = x, None
         iteration = self.start(x)
         moving = MovingSamples(batch_size, x.device)
         residuals: list[Tensor] = []
+        states: list[Tensor] = []
         evaluations = sample_evaluations = 0
         while evaluations < self.max_iter:
             fx = _evaluate(f, x, (x.shape[0], *z0.shape[1:]))
@@ -176,6 +197,8 @@ class Solver(ABC):
             x = iteration.step(x, fx, index)
             if trace:
                 residuals.append(iteration.residual.clone())
+            if evaluations in states_at:
+                states.append(_put(x_all, x, index).clone().view(z0.shape))
             if evaluations % self.check_every != 0:
                 continue
             left = moving.count(iteration.frozen)
@@ -196,6 +219,7 @@ class Solver(ABC):
             sample_evaluations=sample_evaluations,
             converged=residual <= self.tol,
             trace=torch.stack(residuals) if trace else None,
+            states=tuple(states),
         )
 
     def mean_is_met(self, residual: Tensor, frozen: Tensor) -> Tensor:

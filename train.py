@@ -26,6 +26,7 @@ from deq.command import (
     claim,
     launch,
     pick_device,
+    refuse_corrections_out_of_reach,
     refuse_graphs_without_device,
     resume_hint,
     try_solvers,
@@ -54,6 +55,8 @@ def main(config: DictConfig) -> float:
     refuse_graphs_without_device(config.cuda_graph, device)
     solver, gradient = instantiate(config.solver), instantiate(config.gradient)
     probe, logger = instantiate(config.probe), instantiate(config.logger)
+    stability = instantiate(config.stability)
+    refuse_corrections_out_of_reach(stability, solver, config.cuda_graph)
     adjoint = gradient.solver if isinstance(gradient, Implicit) else None
     try_solvers({"solver": solver} | ({"adjoint": adjoint} if adjoint is not None else {}), device)
     state = None
@@ -99,6 +102,7 @@ def main(config: DictConfig) -> float:
         probe=probe,
         tracker=tracker,
         display=display,
+        stability=stability,
         save=lambda state: checkpoint.save(folder / checkpoint.FILE, state, plain),
     )
     if state is not None:

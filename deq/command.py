@@ -36,6 +36,7 @@ from deq.files import shown
 from deq.interrupt import Interrupted
 from deq.solvers import Solver
 from deq.solvers.base import Stop
+from deq.stability import StabilityLosses
 from deq.training import PRECISIONS, SCHEDULES
 from kernels import BackendName, Regularization
 
@@ -241,6 +242,21 @@ def pick_device(name: Any) -> torch.device:
         has = f"{cuda} CUDA device{'s' if cuda != 1 else ''}" if cuda else "no CUDA device"
         raise UserError(f"device={name}: torch sees {has} here; use device=auto or device=cpu")
     return torch.device("cuda", number)
+
+
+def refuse_corrections_out_of_reach(stability: StabilityLosses | None, solver: Solver, cuda_graph: bool) -> None:
+    """
+    Raises:
+        UserError: a solve never has the iterates that are to be corrected.
+    """
+    corrections = stability.corrections if stability is not None else ()
+    if corrections and cuda_graph:
+        raise UserError("cuda_graph=true keeps no iterates on the way: choose it or stability.corrections")
+    if max(corrections, default=0) > solver.max_iter:
+        raise UserError(
+            f"stability.corrections must be at most max_iter={solver.max_iter}, got {max(corrections)}; name earlier "
+            "evaluations or raise max_iter"
+        )
 
 
 def refuse_graphs_without_device(cuda_graph: bool, device: torch.device) -> None:

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
-from deq.gradients import Backward, Gradient, Implicit
+from deq.gradients import Backward, Gradient, Implicit, JacobianFree
 from deq.graphs import LayerGraphs
+from deq.held import hold
 from deq.solvers import Anderson, Solution, Solver
 from deq.solvers.base import FixedPointMap
 from deq.solvers.state import Nest, Packing, flatten, unflatten
+
+
+@dataclass(frozen=True)
+class Equilibrium:
+    """A fixed point, and what losses on the way to it and on the map around it need."""
+
+    z: Any
+    """(B, ...), or a nest of such: the fixed point, with the layer's gradient."""
+    states: tuple[Any, ...]
+    """Iterates on the way, like z, with the gradient of one evaluation of f at each (``JacobianFree``)."""
+    f: Callable[[Any], Any]
+    """The map that was solved, x and all: its dropout masks and parametrised weights are those of the solve."""
 
 
 class DEQ(nn.Module):
@@ -92,10 +104,32 @@ class DEQ(nn.Module):
         one buffer.
 
         Raises:
+            ValueError: see :meth:`equilibrium`.
+        """
+        return self.equilibrium(x, z0).z
+
+    def equilibrium(self, x: Nest, z0: Nest | None = None, *, corrections: Collection[int] = ()) -> Equilibrium:
+        """The fixed point with its map, and the iterates after the evaluations numbered in ``corrections``.
+
+        The layer keeps nothing of it. A solve that ends earlier has fewer states. Cost: one recorded evaluation of f
+        for each state. For :func:`deq.stability.correction_loss`, ``jacobian_penalty`` and ``spectral_radius``.
+
+        Args:
+            x, z0: as in a call of the layer.
+            corrections: evaluations, counted from 1 to the solver's ``max_iter``.
+
+        Raises:
             ValueError: if the cell returns another structure, shape, dtype or device than the state's; if z0 is of
-                several batch sizes, dtypes or devices; if a solver compacts and the cell has a batch norm or a dropout
-                in training mode; with ``cuda_graph``, if the state is not on a CUDA or ROCm device, a solver compacts,
-                or there is a DEQ layer in the cell.
+                several batch sizes, dtypes or devices; if the cell is another map at every call (a dropout in training
+                mode, see :func:`deq.held.hold`); if a solver compacts and the cell has a batch norm in training mode;
+                with ``cuda_graph``, if the state is not on a CUDA or ROCm device, a solver compacts, there is a DEQ
+                layer in the cell, or corrections are asked for; if a correction is never reached.
+
+        Example:
+            >>> import torch
+            >>> layer = DEQ(lambda z, x: 0.5 * z + x, Anderson(window=1))
+            >>> [z.item() for z in layer.equilibrium(torch.ones(1, 1), corrections=(1, 3)).states]
+            [1.0, 1.75]
         """
         inputs, x_skeleton = flatten(x, "x")
         device_type = inputs[0].device.type
@@ -111,15 +145,18 @@ class DEQ(nn.Module):
         packing = None if isinstance(skeleton, int) else Packing(unflatten(skeleton, starts))
         start = starts[0] if packing is None else packing.pack(unflatten(skeleton, starts))
 
-        def map_of(inputs: Sequence[Tensor]) -> FixedPointMap:
+        held = hold(self.cell, len(start), cuda_graph=self.cuda_graph)
+
+        def map_of(inputs: Sequence[Tensor], index: Tensor | None = None) -> FixedPointMap:
             x = unflatten(x_skeleton, inputs)
 
             def f(z: Any) -> Any:
                 if not autocast:
-                    return self.cell(z, x)
+                    with held(index):
+                        return self.cell(z, x)
                 # Named again, since the backward solve may call this where autocast is off. A recording must not read
                 # a weight that autocast has cast before.
-                with torch.autocast(device_type, dtype=autocast_dtype, cache_enabled=cache_enabled):
+                with torch.autocast(device_type, dtype=autocast_dtype, cache_enabled=cache_enabled), held(index):
                     return self.cell(z, x).to(z.dtype) if packing is None else self.cell(z, x)
 
             return f if packing is None else packing.flat_map(f, cast=autocast)
@@ -139,26 +176,38 @@ class DEQ(nn.Module):
 
         def restrict(index: Tensor) -> FixedPointMap:
             refuse_changes()
-            return map_of([tensor.detach()[index] for tensor in inputs])
+            return map_of([tensor.detach()[index] for tensor in inputs], index)
 
         def solve_adjoint(solver: Solver, z: Tensor, right_side: Tensor) -> Solution:
             refuse_changes()
             return self.graphs.solve_adjoint(solver, map_of, self.cell, inputs, z, right_side, mode)
 
+        def unpacked(flat: Tensor) -> Any:
+            return flat if packing is None else packing.unpack(flat)
+
         def account(solution: Solution) -> Solution[Any]:
-            return solution if packing is None else replace(solution, z=packing.unpack(solution.z))
+            return replace(solution, z=unpacked(solution.z))
 
         f = map_of(inputs)
+        # For the caller: of nests, where the state is one.
+        f_of_states = f if packing is None else (lambda z: packing.unpack(f(packing.pack(z))))
         given = restrict if self._compacts() else None
         if self.cuda_graph:
+            if corrections:
+                raise ValueError(
+                    f"cuda_graph=True replays a solve without its iterates, but corrections={tuple(corrections)} were "
+                    "asked for: use cuda_graph=False"
+                )
             self._refuse_nested_graphs()
             solution = self.graphs.solve(self.solver, map_of, self.cell, inputs, start, mode)
         else:
-            solution = self.solver.solve(f, start, restrict=given)
+            solution = self.solver.solve(f, start, restrict=given, states_at=corrections)
+        # The states belong to the caller: an account is kept until the next call.
+        states, solution = solution.states, replace(solution, states=())
         found = self.last_solution = account(solution)
         self.last_adjoint = None
         if not torch.is_grad_enabled():
-            return found.z
+            return Equilibrium(found.z, tuple(map(unpacked, states)), f_of_states)
 
         def record(adjoint: Solution) -> None:
             # A layer used twice in one graph keeps the accounts of its last use, both of them.
@@ -166,8 +215,11 @@ class DEQ(nn.Module):
                 self.last_adjoint = account(adjoint)
 
         replayed = solve_adjoint if self.cuda_graph else None
-        z_star = self.gradient.attach(f, solution.z, Backward(self.solver, record, given, replayed))
-        return z_star if packing is None else packing.release(z_star)
+        backward = Backward(self.solver, record, given, replayed)
+        z = self.gradient.attach(f, solution.z, backward)
+        on_the_way = (JacobianFree().attach(f, state, backward) for state in states)
+        z_star = z if packing is None else packing.release(z)
+        return Equilibrium(z_star, tuple(map(unpacked, on_the_way)), f_of_states)
 
     def _versions(self, inputs: Sequence[Tensor]) -> list[tuple[int, int]]:
         """What tells whether tensors are the same and unchanged (inference tensors count nothing: left out)."""
@@ -192,11 +244,6 @@ class DEQ(nn.Module):
                 raise ValueError(
                     f"compact=True needs a cell that treats samples independently, but its {name or 'module'} is a "
                     f"{type(module).__name__} in training mode, which mixes them: use compact=False or a GroupNorm"
-                )
-            if isinstance(module, _DropoutNd) and module.training and module.p > 0:
-                raise ValueError(
-                    f"compact=True needs a cell that is the same map at every call, but its {name or 'module'} is a "
-                    f"{type(module).__name__} in training mode: use compact=False"
                 )
         return True
 

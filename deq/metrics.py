@@ -7,6 +7,8 @@ from collections.abc import Iterable
 NAMES: dict[str, str] = {
     "train/loss": "cross-entropy over the training steps since the previous row, nats per sample",
     "train/accuracy": "share of training samples classified rightly, in the forward passes of training",
+    "train/jacobian_penalty": "estimate of the cell's squared Frobenius norm over d, mean over the steps that took it",
+    "train/correction_loss": "weighted cross-entropy at iterates on the way, mean over training steps, nats per sample",
     "test/loss": "cross-entropy over the test set, nats per sample",
     "test/accuracy": "share of test samples classified rightly",
     "optim/learning_rate": "learning rate of the latest step",

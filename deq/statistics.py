@@ -45,6 +45,11 @@ class Sums:
         if layer.last_adjoint is not None and adjoint_solver is not None:
             self._add_solve("backward", layer.last_adjoint, adjoint_solver)
 
+    def add_term(self, name: str, value: Tensor) -> None:
+        """Count one step's value, () float, of a loss that is added to the cross-entropy."""
+        self._count(f"{name}.steps", 1)
+        self._sum(name, value)
+
     def _add_solve(self, name: str, solution: Solution, solver: Solver) -> None:
         finite = torch.isfinite(solution.residual)
         self._count(f"{name}.solves", 1)
@@ -87,6 +92,8 @@ class Sums:
         metrics = {
             **ratio("train/loss", "loss", "finite_samples"),
             **ratio("train/accuracy", "correct", "samples"),
+            **ratio("train/jacobian_penalty", "jacobian_penalty", "jacobian_penalty.steps"),
+            **ratio("train/correction_loss", "correction_loss", "correction_loss.steps"),
         }
         for side in ("forward", "backward"):
             metrics |= {

@@ -22,9 +22,11 @@ from deq.display import Display
 from deq.errors import UserError, first_line
 from deq.gradients import Implicit
 from deq.interrupt import Interrupted, SignalWatch
+from deq.layer import Equilibrium
 from deq.models import EquilibriumClassifier
 from deq.probe import Comparison, SpeedupProbe
 from deq.solvers import Solver
+from deq.stability import StabilityLosses, correction_loss, jacobian_penalty
 from deq.statistics import Sums
 from deq.tracking import Tracker
 from deq.warm_start import WarmStart
@@ -62,6 +64,7 @@ class Trainer:
             pays where images are not augmented.
         log_every: steps of an epoch between rows; an epoch's end always writes one.
         probe: compares the run's solver with forward iteration at every evaluation; None leaves that out.
+        stability: losses that are added to the cross-entropy; None adds none.
         tracker, display: where results go. save: called with the state at every epoch's end and at a signal.
     """
 
@@ -82,9 +85,11 @@ class Trainer:
         tracker: Tracker,
         display: Display,
         save: Callable[[dict[str, Any]], None],
+        stability: StabilityLosses | None = None,
     ) -> None:
         self.model, self.batches, self.optimizer = model, batches, optimizer
         self.epochs, self.log_every = epochs, log_every
+        self.stability = stability or StabilityLosses()
         self.total_steps = min(epochs * batches.per_epoch, max_steps or sys.maxsize)
         self.probe, self.tracker, self.display, self._save = probe, tracker, display, save
         self.device = next(model.parameters()).device
@@ -179,19 +184,39 @@ class Trainer:
 
     def _train_step(self, images: Tensor, labels: Tensor, index: Tensor | None) -> None:
         z0 = self._starts.of(index) if self._starts is not None and index is not None else None
+        penalised, corrections = self.stability.takes_penalty(), self.stability.corrections
         with self._autocast():
-            logits = self.model(images, z0)
+            equilibrium = self.model.equilibrium(images, corrections, z0) if penalised or corrections else None
+            logits = self.model(images, z0) if equilibrium is None else self.model.head(equilibrium.z)
             loss = functional.cross_entropy(logits.float(), labels)
+            objective = loss if equilibrium is None else loss + self._stability_loss(equilibrium, labels, penalised)
         self.optimizer.zero_grad(set_to_none=True)
         if self._starts is not None and index is not None and self.model.deq.last_solution is not None:
             self._starts.keep(index, self.model.deq.last_solution)
-        self._scaler.scale(loss).backward()
+        self._scaler.scale(objective).backward()
         scale = self._scaler.get_scale()
         self._scaler.step(self.optimizer)
         self._scaler.update()
         if self._scaler.get_scale() >= scale:  # it falls where gradients overflowed and the optimizer did not step
             self._schedule.step()
         self.since_row.add(loss, logits, labels, self.model.deq, self._adjoint_solver)
+
+    def _stability_loss(self, equilibrium: Equilibrium, labels: Tensor, penalised: bool) -> Tensor:
+        """What the run's :class:`StabilityLosses` add to the loss of one step."""
+        total: Tensor = equilibrium.z.new_zeros(())
+        if penalised:
+            penalty = jacobian_penalty(equilibrium.f, equilibrium.z)
+            self.since_row.add_term("jacobian_penalty", penalty)
+            total = total + self.stability.jacobian_weight * penalty
+        if self.stability.corrections:
+
+            def loss_at(z: Tensor) -> Tensor:
+                return functional.cross_entropy(self.model.classify(z).float(), labels)
+
+            correction = correction_loss(loss_at, equilibrium.states, self.stability.gamma)
+            self.since_row.add_term("correction_loss", correction)
+            total = total + correction
+        return total
 
     def _close_epoch(self, signals: SignalWatch) -> None:
         """Evaluate, probe, write the epoch's row and line, and go to the next epoch."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from deq.gradients import Gradient
-from deq.layer import DEQ
+from deq.layer import DEQ, Equilibrium
 from deq.solvers import Solver
 
 
@@ -111,6 +113,17 @@ class EquilibriumClassifier(nn.Module):
         """The cell's second argument. images: (B, image_channels, H, W) float → x: (B, channels, H, W) float."""
         injection: Tensor = self.stem(images)
         return injection
+
+    def equilibrium(self, images: Tensor, corrections: Collection[int] = (), z0: Tensor | None = None) -> Equilibrium:
+        """The hidden state, with what losses on it need (see :meth:`deq.DEQ.equilibrium`); ``head`` makes it logits."""
+        return self.deq.equilibrium(self.inject(images), z0, corrections=corrections)
+
+    def classify(self, z: Tensor) -> Tensor:
+        """Logits of an iterate on the way, (B, channels, H, W) → (B, classes); batch statistics are not updated."""
+        # Evaluation uses the statistics, and will see fixed points alone.
+        buffers = {name: buffer.clone() for name, buffer in self.head.named_buffers()}
+        logits: Tensor = functional_call(self.head, buffers, (z,))
+        return logits
 
     def forward(self, images: Tensor, z0: Tensor | None = None) -> Tensor:
         """Logits. images: (B, image_channels, H, W) float → (B, classes) float.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, Protocol, cast, get_args
 
@@ -44,6 +44,8 @@ class Solution(Generic[State]):
     """(B,) bool: residual <= tol. With ``history_dtype=bfloat16`` both are those of rounded residual rows."""
     trace: Tensor | None = None
     """(K, B) residual after each of the K evaluations, with ``solve(..., trace=True)``."""
+    states: tuple[State, ...] = ()
+    """(B, ...) each: the iterates that ``solve(..., states_at=)`` asked for, as far as the solve came."""
 
     @property
     def idle_evaluations(self) -> int:
@@ -153,6 +155,7 @@ class Solver(ABC):
         *,
         trace: bool = False,
         restrict: Callable[[Tensor], Callable[[State], State]] | None = None,
+        states_at: Collection[int] = (),
     ) -> Solution[State]:
         """Iterates from ``z0`` until the stopping test holds or ``max_iter`` evaluations are made.
 
@@ -165,11 +168,12 @@ class Solver(ABC):
                 has in all of them), and what it returns is copied into one.
             trace: keep the residual of every sample after every evaluation.
             restrict: index, (n,) int64 -> f for these samples alone, (n, ...) -> (n, ...); needed by ``compact``.
+            states_at: keep a copy of the iterates that follow these evaluations, counted from 1 to ``max_iter``.
 
         Raises:
             ValueError: if ``z0`` has no elements, is not floating point or is of several batch sizes, dtypes or
                 devices; if f returns another structure, shape, dtype or device, or writes into its argument; if
-                ``compact`` is on without ``restrict``.
+                ``compact`` is on without ``restrict``; if ``states_at`` names an evaluation that is never made.
 
         Example:
             >>> import torch
@@ -181,14 +185,17 @@ class Solver(ABC):
             (torch.Size([2, 5]), tensor([True, True]))
         """
         if isinstance(z0, Tensor):
-            found: Any = self._solve(cast(FixedPointMap, f), z0, trace, cast("Restrict | None", restrict))
+            found: Any = self._solve(cast(FixedPointMap, f), z0, trace, cast("Restrict | None", restrict), states_at)
             return cast("Solution[State]", found)
         packing = Packing(z0)
         parts = None if restrict is None else (lambda index: packing.flat_map(restrict(index)))
-        found = self._solve(packing.flat_map(f), packing.pack(z0), trace, parts)
-        return cast("Solution[State]", replace(found, z=packing.unpack(found.z)))
+        found = self._solve(packing.flat_map(f), packing.pack(z0), trace, parts, states_at)
+        states = tuple(packing.unpack(state) for state in found.states)
+        return cast("Solution[State]", replace(found, z=packing.unpack(found.z), states=states))
 
-    def _solve(self, f: FixedPointMap, z0: Tensor, trace: bool, restrict: Restrict | None) -> Solution:
+    def _solve(
+        self, f: FixedPointMap, z0: Tensor, trace: bool, restrict: Restrict | None, states_at: Collection[int]
+    ) -> Solution:
         if z0.ndim < 1 or z0.numel() == 0 or not z0.is_floating_point():
             raise ValueError(
                 f"z0 must be (B, ...) floating point with at least one element, got {tuple(z0.shape)} {z0.dtype}"
@@ -197,16 +204,25 @@ class Solver(ABC):
             raise ValueError(
                 "compact=True needs restrict=, which gives f for some samples alone (or use compact=False)"
             )
+        for number in states_at:
+            if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= self.max_iter:
+                raise ValueError(
+                    f"iterates are kept after evaluations 1 to max_iter={self.max_iter}, got {number!r}: name others, "
+                    "or raise max_iter"
+                )
         with on_device(z0.device):
-            return self._iterate(f, z0, trace, restrict)
+            return self._iterate(f, z0, trace, restrict, states_at)
 
-    def _iterate(self, f: FixedPointMap, z0: Tensor, trace: bool, restrict: Restrict | None) -> Solution:
+    def _iterate(
+        self, f: FixedPointMap, z0: Tensor, trace: bool, restrict: Restrict | None, states_at: Collection[int]
+    ) -> Solution:
         batch_size = z0.shape[0]
         x = z0.reshape(batch_size, -1).clone(memory_format=torch.contiguous_format)
         x_all, index = x, None
         iteration = self.start(x)
         moving = MovingSamples(batch_size, x.device)
         residuals: list[Tensor] = []
+        states: list[Tensor] = []
         evaluations = sample_evaluations = 0
         while evaluations < self.max_iter:
             fx = _evaluate(f, x, (x.shape[0], *z0.shape[1:]))
@@ -215,6 +231,8 @@ class Solver(ABC):
             x = iteration.step(x, fx, index)
             if trace:
                 residuals.append(iteration.residual.clone())
+            if evaluations in states_at:
+                states.append(_put(x_all, x, index).clone().view(z0.shape))
             if evaluations % self.check_every != 0:
                 continue
             left = moving.count(iteration.frozen)
@@ -235,6 +253,7 @@ class Solver(ABC):
             sample_evaluations=sample_evaluations,
             converged=residual <= self.tol,
             trace=torch.stack(residuals) if trace else None,
+            states=tuple(states),
         )
 
     def mean_is_met(self, residual: Tensor, frozen: Tensor) -> Tensor:

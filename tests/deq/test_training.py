@@ -21,6 +21,7 @@ from deq.metrics import NAMES
 from deq.models import EquilibriumClassifier
 from deq.probe import SpeedupProbe
 from deq.solvers import Anderson, Solver
+from deq.stability import StabilityLosses
 from deq.tracking import Tracker, WandbOptions
 from deq.training import Trainer
 
@@ -122,6 +123,46 @@ def test_resumed_run_equals_uninterrupted_run(step: int, warm_start: bool, tmp_p
     assert all(torch.equal(value, weights[name]) for name, value in second.model.state_dict().items())
 
 
+def test_a_run_with_stability_losses_resumes_bit_for_bit_as_well(tmp_path: Path) -> None:
+    losses = StabilityLosses(jacobian_weight=0.5, jacobian_probability=0.5, corrections=(2, 4))
+    whole = trainer(tmp_path / "whole", stability=losses)
+    expected = whole.run()
+    saved: list[dict[str, Any]] = []
+    data = digits(augment="crop", train_size=160, test_size=64)
+    first = trainer(tmp_path / "first", batches=StopsAt(data, signal.SIGINT, 7), saved=saved, stability=losses)
+    with pytest.raises(Interrupted):
+        first.run()
+    second = trainer(tmp_path / "second", stability=losses)
+    torch.rand(13)
+    second.restore(saved_through_a_file(saved[-1], tmp_path))
+    assert without_clocks([second.run()]) == without_clocks([expected])
+
+
+def test_the_penalty_shapes_the_cell_and_each_added_loss_is_logged_under_its_own_name(tmp_path: Path) -> None:
+    def summary(**losses: Any) -> dict[str, float]:
+        # Without augmentation, which takes its numbers from the generator that the penalty draws from.
+        return trainer(tmp_path / str(losses), epochs=6, augment="none", stability=StabilityLosses(**losses)).run()
+
+    plain, corrected = summary(), summary(corrections=(2,), gamma=0.5)
+    watched, penalised = summary(jacobian_weight=1e-12), summary(jacobian_weight=10.0)
+    assert "train/jacobian_penalty" not in plain
+    assert "train/correction_loss" not in plain | penalised
+    assert watched["train/loss"] == pytest.approx(plain["train/loss"], rel=1e-3), "train/loss is the cross-entropy"
+    assert 0 < penalised["train/jacobian_penalty"] < 0.8 * watched["train/jacobian_penalty"]
+    assert penalised["solver/forward_evaluations"] < 0.6 * watched["solver/forward_evaluations"]
+    # The iterate after two evaluations is about as good an answer as the last, and counts half.
+    assert 0.4 * corrected["train/loss"] < corrected["train/correction_loss"] < 0.8 * corrected["train/loss"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_stability_losses_in_half_precision_are_finite_and_train(precision: str, tmp_path: Path) -> None:
+    losses = StabilityLosses(jacobian_weight=1.0, corrections=(3,))
+    reference = trainer(tmp_path / "fp32", epochs=1, stability=losses).run()
+    summary = trainer(tmp_path / "half", epochs=1, stability=losses, precision=precision).run()
+    for name in ("train/loss", "train/jacobian_penalty", "train/correction_loss"):
+        assert summary[name] == pytest.approx(reference[name], rel=0.1)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_step_end_saves_and_gives_the_handlers_back(signum: int, tmp_path: Path) -> None:
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -138,8 +179,13 @@ def test_a_signal_lets_the_step_end_saves_and_gives_the_handlers_back(signum: in
 def test_summary_holds_every_promised_name_that_could_be_measured(tmp_path: Path) -> None:
     summary = trainer(tmp_path, epochs=1).run()
     absent = set(NAMES) - set(summary)
-    # No counter was read, and the learning rate belongs to a step; a probe that got nowhere has no ratio.
-    assert absent <= {"optim/learning_rate", *(name for name in NAMES if name.startswith(("energy/", "speedup/")))}
+    # No counter was read, nothing was added to the loss, and the learning rate belongs to a step; a probe that got
+    # nowhere has no ratio.
+    added = {"train/jacobian_penalty", "train/correction_loss"}
+    assert absent <= added | {
+        "optim/learning_rate",
+        *(name for name in NAMES if name.startswith(("energy/", "speedup/"))),
+    }
     assert 0 <= summary["solver/unconverged_fraction"] <= 1
     assert summary["time/train_s"] <= summary["time/elapsed_s"]
     assert summary["solver/forward_evaluations"] <= 20

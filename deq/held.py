@@ -1,0 +1,206 @@
+"""What stays the same through every evaluation of f in one solve: masks of dropout, and weights that are computed.
+
+A fixed point exists only where f is one map. A layer holds what its cell would otherwise draw or compute anew in each
+evaluation, from the solve's first evaluation to the last product of its backward pass. It is kept by that solve, not
+by the cell: two uses of one layer hold two sets, and nothing is left when the graph is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Literal, cast, get_args
+
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils import parametrize
+
+Per = Literal["element", "channel"]
+Hold = Callable[[Tensor | None], AbstractContextManager[object]]
+"""Index of samples, (n,) int64 or None for all -> the context in which f is evaluated for these."""
+
+
+class VariationalDropout(nn.Module):
+    """Dropout whose mask is drawn once a solve, a new one for each sample, and is the same in all evaluations of f.
+
+    For cells of a :class:`deq.DEQ`, which keeps the masks: in the forward solve, in the adjoint's, and for the samples
+    left over where a solver compacts. Where a cell calls one such module several times in an evaluation, each call has
+    its own mask. Elements are zeroed with probability p and the others divided by 1 - p; in eval mode, or with
+    p = 0, x is returned as it is. Masks come from the global generator of x's device.
+
+    Args:
+        p: probability of an element, or a channel, to be zeroed, at least 0 and below 1.
+        per: ``element``, or ``channel`` for masks (B, C, 1, ...), the same all over a channel.
+
+    Raises:
+        ValueError: for an option outside its limits.
+        RuntimeError: in training mode outside a solve, where there is nothing for a mask to be the same in.
+
+    Source: Gal & Ghahramani 2016, *A theoretically grounded application of dropout in recurrent neural networks*;
+    Bai, Kolter & Koltun 2019 (in DEQs).
+
+    Example:
+        >>> import torch
+        >>> from deq import DEQ
+        >>> class Cell(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.linear, self.dropout = torch.nn.Linear(8, 8), VariationalDropout(0.2)
+        ...     def forward(self, z, x):
+        ...         return self.dropout(torch.tanh(0.5 * self.linear(z) + x))
+        >>> layer = DEQ(Cell())
+        >>> z = layer(torch.randn(4, 8))
+        >>> layer.last_solution.converged.all()
+        tensor(True)
+    """
+
+    def __init__(self, p: float = 0.5, per: Per = "element") -> None:
+        super().__init__()
+        if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
+            raise ValueError(f"p must be at least 0 and below 1, got {p!r}")
+        if per not in get_args(Per):
+            raise ValueError(f"per must be one of {get_args(Per)}, got {per!r}")
+        self.p, self.per = p, per
+        self._masks: _Masks | None = None  # of the solve that is evaluating f, during an evaluation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, ...) floating point, or (B, C, ...) with ``per="channel"``. Returns: the same."""
+        if not self.training or self.p == 0:
+            return x
+        if self._masks is None:
+            raise RuntimeError(
+                "a VariationalDropout in training mode was called outside a solve, which would hold its mask: give the "
+                "DEQ layer a cell that is an nn.Module with it inside, evaluate DEQ.equilibrium(x).f, or call eval()"
+            )
+        return x * self._masks.take(x, self.p, self.per)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, per={self.per!r}"
+
+
+class _Masks:
+    """The masks of one dropout in one solve: one for each of its calls in an evaluation of f."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._drawn: list[Tensor] = []
+        self._call, self._index = 0, cast("Tensor | None", None)
+
+    @contextmanager
+    def lent_to(self, dropout: VariationalDropout, index: Tensor | None) -> Iterator[None]:
+        """The masks of the samples in ``index`` for one evaluation of f."""
+        if dropout._masks is not None:
+            raise ValueError(
+                "a VariationalDropout cannot be held by two solves, one inside the other: take it out of the cell of "
+                "the DEQ layer that is inside another's cell"
+            )
+        self._call, self._index = 0, index
+        dropout._masks = self
+        try:
+            yield
+        finally:
+            dropout._masks = self._index = None
+
+    def take(self, x: Tensor, p: float, per: Per) -> Tensor:
+        """The next mask, for x."""
+        if self._call == len(self._drawn):
+            if self._index is not None:
+                raise ValueError(
+                    f"a VariationalDropout was called {self._call + 1} times in an evaluation of f and at most "
+                    f"{self._call} times before compaction, so that there is no mask: use compact=False"
+                )
+            shape = x.shape if per == "element" else (*x.shape[:2], *(1,) * (x.ndim - 2))
+            self._drawn.append(x.detach().new_empty(shape).bernoulli_(1 - p).div_(1 - p))
+        mask = self._drawn[self._call]
+        self._call += 1
+        if self._index is None:
+            return mask
+        if len(mask) != self._batch_size:
+            raise ValueError(
+                f"compact=True picks masks by sample, but a VariationalDropout was given {len(mask)} rows where the "
+                f"batch is {self._batch_size}: keep the batch first in its input, or use compact=False"
+            )
+        return mask[self._index]
+
+
+class _Value(nn.Module):
+    """Stands where a parametrisation stood, and is its value."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self._value = value
+
+    def forward(self) -> Tensor:
+        return self._value
+
+
+@contextmanager
+def _stands_in(parametrizations: nn.ModuleDict, name: str, value: _Value, index: Tensor | None) -> Iterator[None]:
+    """The value of a weight instead of its computation, for one evaluation of f, whichever samples it is for."""
+    computed = parametrizations[name]
+    parametrizations[name] = value
+    try:
+        yield
+    finally:
+        parametrizations[name] = computed
+
+
+def hold(cell: object, batch_size: int, *, cuda_graph: bool = False) -> Hold:
+    """Computes every parametrised weight of the cell, once, and makes room for its dropouts' masks.
+
+    Weights are recorded by autograd where it is on, and serve evaluations with and without: all gradients meet in the
+    one computation. With ``cuda_graph`` weights are left to be computed in each evaluation, since a recording must not
+    read a tensor that the next step replaces.
+
+    Args:
+        cell: a module is looked into, with the modules inside.
+        batch_size: samples of the solve.
+
+    Raises:
+        ValueError: if the cell is another map at every call and cannot be held: an ordinary dropout in training mode,
+            the hook of ``torch.nn.utils.spectral_norm``, a VariationalDropout in a DEQ layer inside; with
+            ``cuda_graph`` also a VariationalDropout or a parametrisation that has a state (``spectral_norm``), all in
+            training mode.
+    """
+    contexts: list[Hold] = []
+    for path, module in cell.named_modules() if isinstance(cell, nn.Module) else ():
+        name = path or "module"
+        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+            raise ValueError(
+                f"a fixed point needs a cell that is the same map at every call, but its {name} is a "
+                f"{type(module).__name__} in training mode: use deq.stability.VariationalDropout"
+            )
+        if module.training and any(
+            type(hook).__name__ == "SpectralNorm" for hook in module._forward_pre_hooks.values()
+        ):
+            raise ValueError(
+                f"a fixed point needs a cell that is the same map at every call, but the hook of spectral_norm on its "
+                f"{name} changes the weight at each: use torch.nn.utils.parametrizations.spectral_norm"
+            )
+        if isinstance(module, VariationalDropout) and module.training and module.p > 0:
+            if cuda_graph:
+                raise ValueError(f"cuda_graph=True cannot draw the masks of the cell's {name}: use cuda_graph=False")
+            contexts.append(partial(_Masks(batch_size).lent_to, module))
+        if parametrize.is_parametrized(module):
+            parametrizations = cast(nn.ModuleDict, module.parametrizations)
+            for weight, computed in parametrizations.items():
+                if not cuda_graph:
+                    value = _Value(getattr(module, weight))
+                    contexts.append(partial(_stands_in, parametrizations, weight, value))
+                elif any(part.training and next(part.buffers(), None) is not None for part in computed.children()):
+                    raise ValueError(
+                        f"cuda_graph=True computes the cell's {name}.{weight} in every evaluation, but its "
+                        "parametrisation has a state that changes each time: use cuda_graph=False"
+                    )
+    if not contexts:
+        return lambda index: nullcontext()
+
+    @contextmanager
+    def held(index: Tensor | None) -> Iterator[None]:
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context(index))
+            yield
+
+    return held

@@ -404,7 +404,8 @@ def test_an_error_in_the_cell_leaves_its_parametrisation_and_dropout_as_they_wer
 def test_a_recorded_solve_computes_the_weight_in_every_replay_and_refuses_one_that_would_change(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(native_backend, "obstacle", lambda dtype: "is left out")  # it launches nothing that can be recorded
+    # It launches nothing that can be recorded.
+    monkeypatch.setattr(native_backend, "obstacle", lambda dtype: "is left out")
     monkeypatch.setattr(captured, "recorder_for", lambda device: ReplayingRecorder(records_loops=False))
     x = torch.randn(3, 6, dtype=torch.float64)
     cell, solver = Normed(parametrizations.weight_norm), Forward(tol=1e-10, max_iter=100)

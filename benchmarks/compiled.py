@@ -24,12 +24,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels import triton_backend
-from kernels.launch import fused_shape, split_shape
+from kernels.launch import Bytes, fused_dim, fused_shape, split_shape
 
 WINDOWS = (2, 5, 10, 16)
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 KERNELS = ("push", "mix", "update")
-"""``push`` and ``mix`` as for d = 49,152, ``update`` as for d = 1,024."""
+"""``push`` and ``mix`` as for d = 49,152, ``update`` as for d = 1,024 and for the largest d that it handles."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Compiled:
     """One kernel compiled for one target."""
 
     kernel: str
+    dim: int
     window: int
     dtype: str
     target: str
@@ -61,7 +62,7 @@ def compile_kernel(
     window: int,
     target: str,
     dtype: torch.dtype = torch.float32,
-    dim: int | None = None,
+    dim: int = 1024,
     history_dtype: torch.dtype | None = None,
 ) -> Compiled:
     """Compiles one of KERNELS for ``cuda:CAPABILITY`` or ``hip:ARCH`` as the launcher would for this dim."""
@@ -69,8 +70,6 @@ def compile_kernel(
     state, accumulator = _TYPE_NAMES[dtype], "fp64" if dtype == torch.float64 else "fp32"
     platform, arch = target.split(":")
     warp_size = 32 if platform == "cuda" else 64
-    if dim is None:
-        dim = 1024 if kernel == "update" else 49_152
     itemsize = (dtype.itemsize, (dtype if history_dtype is None else history_dtype).itemsize)
     if kernel == "update":
         block, warps = fused_shape(dim, window, warp_size, itemsize=itemsize)
@@ -129,6 +128,7 @@ def compile_kernel(
     offsets = re.findall(pointers, compiled.asm["ttir"])
     common: dict[str, Any] = {
         "kernel": kernel,
+        "dim": dim,
         "window": window,
         "dtype": state,
         "target": target,
@@ -139,6 +139,11 @@ def compile_kernel(
     }
     counts = _read_ptx(compiled.asm["ptx"]) if platform == "cuda" else _read_amdgcn(compiled.asm["amdgcn"])
     return Compiled(**common, **counts)
+
+
+def dims_of(kernel: str, window: int, itemsize: Bytes) -> list[int]:
+    """The states that a kernel is compiled for."""
+    return sorted({1024, fused_dim(window, itemsize)}) if kernel == "update" else [49_152]
 
 
 _TYPE_NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -196,22 +201,37 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the rows as JSON instead of a table")
     options = parser.parse_args()
     dtype = next(dtype for dtype, name in _TYPE_NAMES.items() if name == options.dtype)
+    history_dtype = torch.bfloat16 if options.history_bf16 else dtype
     rows = [
-        compile_kernel(kernel, window, target, dtype, history_dtype=torch.bfloat16 if options.history_bf16 else None)
+        compile_kernel(kernel, window, target, dtype, dim, history_dtype)
         for target in options.targets
         for window in options.windows
         for kernel in KERNELS
+        for dim in dims_of(kernel, window, (dtype.itemsize, history_dtype.itemsize))
     ]
     if options.json:
         print(json.dumps([asdict(row) for row in rows]))
         return
     print(f"Triton {triton.__version__}, {options.dtype} state, d a multiple of 16; instructions of one program")
-    head = ("target", "window", "kernel", "warps", "registers", "spilled B", "16 B loads", "narrower", "16 B stores")
+    head = (
+        "target",
+        "window",
+        "kernel",
+        "d",
+        "warps",
+        "registers",
+        "spilled B",
+        "16 B loads",
+        "narrower",
+        "16 B stores",
+    )
     print("  ".join(f"{name:>10}" for name in (*head, "barriers")))
     for row in rows:
         resources = (row.warps, row.registers, row.spilled_bytes)
         accesses = (row.wide_loads, row.narrow_vector_loads, row.wide_stores, row.barriers)
-        print("  ".join(f"{cell!s:>10}" for cell in (row.target, row.window, row.kernel, *resources, *accesses)))
+        print(
+            "  ".join(f"{cell!s:>10}" for cell in (row.target, row.window, row.kernel, row.dim, *resources, *accesses))
+        )
 
 
 if __name__ == "__main__":

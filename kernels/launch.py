@@ -30,7 +30,7 @@ FP32: Bytes = (4, 4)
 
 _LARGEST_FUSED = 4096
 _FUSED_THREADS = 512
-_ROW_REGISTERS = 80
+_ROW_REGISTERS = 60
 """Of a thread's 128, where there are _FUSED_THREADS of them: for the rows of the history that are on their way."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
-ITEMSIZE = {"fp32": (4, 4), "bf16": (2, 2), "fp32 with bf16 rows": (4, 2)}
+ITEMSIZE = {"fp32": (4, 4), "bf16": (2, 2), "fp64": (8, 8), "fp32 with bf16 rows": (4, 2)}
 """Bytes of an element of the state, and of a residual row."""
 
 Row = dict[str, Any]
@@ -28,7 +29,9 @@ def rows(request: pytest.FixtureRequest) -> list[Row]:
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     found: list[Row] = json.loads(run.stdout)
-    assert len(found) == 3 * len(windows) * len(TARGETS)
+    assert {(row["kernel"], row["window"], row["target"]) for row in found} == set(
+        itertools.product(("push", "mix", "update"), map(int, windows), TARGETS)
+    )
     return [row | {"bytes": ITEMSIZE[request.param]} for row in found]
 
 
@@ -37,8 +40,9 @@ def test_no_kernel_spills(rows: list[Row]) -> None:
 
 
 def test_registers_leave_room_for_several_programs(rows: list[Row]) -> None:
-    # 65,536 registers a multiprocessor: at 168 a thread, three programs of 128 threads still fit.
-    assert [row for row in rows if row["registers"] > 168] == []
+    # 65,536 registers a multiprocessor: at 168 a thread, three programs of 128 threads still fit, and 178 leaves room
+    # for one of 256, which is what float64 takes.
+    assert [row for row in rows if row["registers"] > (178 if row["dtype"] == "fp64" else 168)] == []
 
 
 def test_every_access_to_the_state_is_16_bytes_wide(rows: list[Row]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -18,9 +19,28 @@ from deq.machine import code_version, cores, processor_name
 RESULTS = Path(__file__).parent / "results"
 
 
+def benchmarked_code() -> str:
+    """The commit that was measured, marked ``-dirty`` where files differ from it, results apart: one run writes into
+    them while the next measures the same code.
+    """
+    version = code_version()
+    if version is None or not version.endswith("-dirty"):
+        return version or "unknown"
+    root = Path(__file__).parent.parent
+    others = ["--", ".", f":(exclude){RESULTS.relative_to(root).as_posix()}"]
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "--untracked-files=no", *others],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return version if changed.returncode != 0 or changed.stdout else version.removesuffix("-dirty")
+
+
 def machine() -> dict[str, str]:
     """The machine and the versions that a measurement belongs to."""
-    facts = {"machine": device_name(), "code": code_version() or "unknown", "python": platform.python_version()}
+    facts = {"machine": device_name(), "code": benchmarked_code(), "python": platform.python_version()}
     for package in ("torch", "triton", "torchdeq", "jaxopt", "jax", "anderson-acceleration", "scipy"):
         try:
             facts[package] = metadata.version(package)

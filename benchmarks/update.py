@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,6 +104,39 @@ def eager_update(X: Tensor, F: Tensor, ridge: float = 1e-6) -> Tensor:
     return torch.bmm((w / w.sum(dim=1, keepdim=True)).unsqueeze(1), F).squeeze(1)
 
 
+class IncrementalUpdate:
+    """The same formula with a Gram matrix kept between iterations, as two loops for ``torch.compile``.
+
+    Full windows only. x, fx: (B, d); G, Y: (B, m, d); H: (B, m, m).
+    """
+
+    def __init__(self, G: Tensor, Y: Tensor, ridge: float = 1e-6) -> None:
+        self.G, self.Y, self.H = G, Y, torch.bmm(G, G.mT)
+        self.ridge = ridge * torch.eye(G.shape[1], device=G.device)
+        self.steps = 0
+        self._push, self._mix = torch.compile(self._products), torch.compile(self._combination)
+
+    @staticmethod
+    def _products(x: Tensor, fx: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        g = fx - x
+        return g, (G * g[:, None]).sum(dim=2), g.square().sum(dim=1)
+
+    @staticmethod
+    def _combination(alpha: Tensor, Y: Tensor) -> Tensor:
+        return (alpha[:, :, None] * Y).sum(dim=1)
+
+    def __call__(self, x: Tensor, fx: Tensor) -> Tensor:
+        slot = self.steps % self.G.shape[1]
+        self.steps += 1
+        g, h, norm = self._push(x, fx, self.G)
+        self.G[:, slot], self.Y[:, slot] = g, fx
+        h[:, slot] = norm
+        self.H[:, slot], self.H[:, :, slot] = h, h
+        S = torch.diagonal(self.H, dim1=1, dim2=2).rsqrt()
+        w = S * torch.linalg.solve(S[:, :, None] * self.H * S[:, None, :] + self.ridge, S)
+        return self._mix(w / w.sum(dim=1, keepdim=True), self.Y)
+
+
 def jaxopt_overhead(f: Elementwise, z0: Tensor, window: int, iterations: int) -> Callable[[], float] | None:
     """jaxopt jitted, one problem a sample by vmap, f in JAX: seconds an iteration above f, measured in JAX."""
     try:
@@ -174,26 +208,34 @@ def main() -> None:
 
         return measure
 
-    window = AndersonWindow(batch, dim, window=m, device=device)
     xs = [torch.randn(batch, dim, device=device) for _ in range(3)]
     out = torch.empty_like(z0)
-    steps = iter(range(10**9))
 
-    def one_step() -> None:
-        k = next(steps)
-        window.step(xs[k % 3], xs[(k + 1) % 3], out=out)
+    def step_of(**options: Any) -> Callable[[], float]:
+        window = AndersonWindow(batch, dim, window=m, device=device, **options)
+        steps = iter(range(10**9))
+
+        def one_step() -> None:
+            k = next(steps)
+            window.step(xs[k % 3], xs[(k + 1) % 3], out=out)
+
+        for _ in range(m):
+            one_step()
+        return lambda: seconds_repeated(one_step, device)
 
     evaluate_cell = papers_cell(batch, device) if dim == CELL_DIM else None
     X, F = torch.randn(batch, m, dim, device=device), torch.randn(batch, m, dim, device=device)
     measures: dict[str, Callable[[], float]] = {
         f"copy floor, {2 * m + 4} units": lambda: seconds_repeated(copy, device),
-        "AndersonWindow.step": lambda: seconds_repeated(one_step, device),
+        "AndersonWindow.step": step_of(),
         "Anderson (ours), overhead in a solve": overhead(
             lambda f, z, tol, cap, w: Anderson(window=w, tol=tol, max_iter=cap).solve(f, z).z
         ),
         "Forward (ours), overhead in a solve": overhead(
             lambda f, z, tol, cap, w: Forward(tol=tol, max_iter=cap).solve(f, z).z
         ),
+        "AndersonWindow.step, residual rows in bf16": step_of(history_dtype=torch.bfloat16),
+        "AndersonWindow.step, backend='torch'": step_of(backend="torch"),
         "formula, eager PyTorch, one update": lambda: seconds_repeated(lambda: eager_update(X, F), device),
     }
     if evaluate_cell is not None:
@@ -215,6 +257,10 @@ def main() -> None:
 
             measures[f"Anderson (ours), {launch}, overhead in a solve"] = recorded_overhead
     if options.compile:
+        incremental = IncrementalUpdate(torch.randn_like(F), torch.randn_like(F))
+        measures["incremental, torch.compile, one update"] = lambda: seconds_repeated(
+            lambda: incremental(xs[0], xs[1]), device
+        )
         compiled = torch.compile(eager_update)
         measures["formula, torch.compile, one update"] = lambda: seconds_repeated(lambda: compiled(X, F), device)
     for name, solve in installed(tuple(PEERS[peer] for peer in options.peers if peer in PEERS)).items():

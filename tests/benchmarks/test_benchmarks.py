@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import record
 from benchmarks.cell import load_cell
 from benchmarks.record import folder_of
+from benchmarks.update import IncrementalUpdate
+from kernels.naive import anderson_update
 
 
 def run(module: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,3 +94,41 @@ def test_rounding_the_residual_rows_costs_nothing_and_rounding_the_mixed_rows_st
         for form in ("residual rows", "differences"):
             assert abs(float(rows["affine, rho 0.9", form][tol]) - full) <= 0.05 * full
     assert rows["affine, rho 0.9", "both rows"]["tol 1e-06"] == "300.0 (100% never)"
+
+
+def test_the_incremental_update_that_ours_is_measured_against_is_the_anderson_update() -> None:
+    generator = torch.Generator().manual_seed(0)
+    X, F = torch.randn(2, 4, 2, 40, generator=generator)
+    G, Y = torch.zeros(2, 3, 40), torch.zeros(2, 3, 40)
+    for i in range(3):
+        G[:, i], Y[:, i] = F[i] - X[i], F[i]
+    update = IncrementalUpdate(G, Y)
+    expected = anderson_update(X[1:].transpose(0, 1), F[1:].transpose(0, 1))
+    torch.testing.assert_close(update(X[3], F[3]).double(), expected.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_results_of_the_run_before_do_not_make_the_code_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=A", "-c", "user.email=a@example.org")
+        return subprocess.run(
+            ["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    code, result = tmp_path / "benchmarks" / "record.py", tmp_path / "benchmarks" / "results" / "table.md"
+    code.write_text("1")
+    result.write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    commit = git("rev-parse", "--short=12", "HEAD")
+    monkeypatch.setattr(record, "__file__", str(code))
+    monkeypatch.setattr(record, "RESULTS", result.parent)
+    monkeypatch.setattr(record, "code_version", lambda: git("describe", "--always", "--dirty", "--abbrev=12"))
+    assert record.benchmarked_code() == commit
+    result.write_text("2")
+    assert record.benchmarked_code() == commit
+    code.write_text("2")
+    assert record.benchmarked_code() == f"{commit}-dirty"

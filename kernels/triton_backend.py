@@ -339,8 +339,11 @@ def _keep_books(
     H_here = H_ptr + sample * WINDOW * WINDOW
     tl.store(H_here + slot * WINDOW + row, h, mask=in_use)
     tl.store(H_here + row * WINDOW + slot, h, mask=in_use)
-    # Of an adaptive window, rows may have been dropped.
-    tl.store(row_residual_ptr + sample * WINDOW + row, row_residual, mask=in_use if ADAPTIVE else row == slot)
+    if ADAPTIVE:  # rows may have been dropped
+        tl.store(row_residual_ptr + sample * WINDOW + row, row_residual, mask=in_use)
+    else:
+        entry = tl.where(residual == residual, residual, float("inf"))
+        tl.store(row_residual_ptr + sample * WINDOW + slot, entry)
     tl.store(weights_ptr + sample * WINDOW + row, alpha, mask=in_use)
     tl.store(residual_ptr + sample, residual)
     tl.store(iterations_ptr + sample, steps + 1)

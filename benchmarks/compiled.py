@@ -64,6 +64,7 @@ def compile_kernel(
     dtype: torch.dtype = torch.float32,
     dim: int = 1024,
     history_dtype: torch.dtype | None = None,
+    adaptive: bool = False,
 ) -> Compiled:
     """Compiles one of KERNELS for ``cuda:CAPABILITY`` or ``hip:ARCH`` as the launcher would for this dim."""
     rows = _TYPE_NAMES[dtype if history_dtype is None else history_dtype]
@@ -78,12 +79,13 @@ def compile_kernel(
     constants: dict[str, Any] = {
         "WINDOW": window,
         "ACCUMULATOR": tl.float64 if dtype == torch.float64 else tl.float32,
+        "ADAPTIVE": adaptive,
         "INDEXED": False,
         "BLOCK": block,
     }
     function = {"push": triton_backend._push, "mix": triton_backend._mix, "update": triton_backend._update}[kernel]
     if kernel != "mix":
-        constants |= {"UNDAMPED": True}
+        constants |= {"UNDAMPED": not adaptive}
     if kernel == "mix":
         constants |= {"FINISH_BLOCKS": triton_backend._FINISH_BLOCKS}
     if kernel != "push":
@@ -108,6 +110,8 @@ def compile_kernel(
                 "pushed_ptr": "i32",
                 "index_ptr": "i64",
                 "partial_ptr": "fp64",
+                "relaxation_ptr": "fp64",
+                "combined_ptr": "fp64",
                 "H_ptr": "fp64",
             }.get(name, accumulator)
             signature[name] = "*" + (state if name in of_state else rows if name == "G_ptr" else kind)
@@ -198,12 +202,13 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=TARGETS)
     parser.add_argument("--dtype", choices=sorted(_TYPE_NAMES.values()), default="fp32")
     parser.add_argument("--history-bf16", action="store_true", help="residual rows in bfloat16")
+    parser.add_argument("--adaptive", action="store_true", help="adaptive windows")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON instead of a table")
     options = parser.parse_args()
     dtype = next(dtype for dtype, name in _TYPE_NAMES.items() if name == options.dtype)
     history_dtype = torch.bfloat16 if options.history_bf16 else dtype
     rows = [
-        compile_kernel(kernel, window, target, dtype, dim, history_dtype)
+        compile_kernel(kernel, window, target, dtype, dim, history_dtype, options.adaptive)
         for target in options.targets
         for window in options.windows
         for kernel in KERNELS

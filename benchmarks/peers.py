@@ -7,6 +7,7 @@ window, the tolerance on the relative residual, and the cap. A peer that is not 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -57,23 +58,39 @@ def _stopping(f: FixedPointMap, tol: float) -> tuple[FixedPointMap, list[Tensor]
     return stopping, last
 
 
-def jaxopt_anderson(f: FixedPointMap, z0: Tensor, tol: float, max_iter: int, window: int) -> Tensor:
-    """jaxopt's Anderson, one least-squares problem for the whole batch.
-
-    f is PyTorch's, so that nothing is jitted; its own test, on the absolute residual, is replaced by ours.
-    """
-    import jax.numpy as jnp
+@functools.cache
+def _jaxopt_steps(window: int) -> tuple[Any, Any, Any]:
+    """jaxopt's start, its next iterate, and its update given f there, each jitted, one problem a sample by vmap."""
+    import jax
     from jaxopt import AndersonAcceleration
 
-    stopping, last = _stopping(f, tol)
+    solver = AndersonAcceleration(lambda z, fz: fz, history_size=window)
 
-    def jax_f(z: Any) -> Any:
-        return jnp.asarray(stopping(torch.from_numpy(np.array(z))).numpy())
+    def next_iterate(z: Any, state: Any, position: Any) -> Any:
+        # Where f is asked next: the last entry that an update, whatever f is, would make in the history.
+        return solver.update(z, state, z).state.params_history[position]
 
-    solver = AndersonAcceleration(jax_f, history_size=window, maxiter=max_iter, tol=0.0, jit=False)
-    with contextlib.suppress(_Solved):
-        solver.run(jnp.asarray(z0.numpy()))
-    return last[0]
+    start = jax.jit(jax.vmap(lambda z: solver.init_state(z, z)))
+    return start, jax.jit(jax.vmap(next_iterate, (0, 0, None))), jax.jit(jax.vmap(solver.update))
+
+
+def jaxopt_anderson(f: FixedPointMap, z0: Tensor, tol: float, max_iter: int, window: int) -> Tensor:
+    """jaxopt's Anderson, one problem a sample; its own test, on the absolute residual, is replaced by ours.
+
+    f is PyTorch's, so that each iteration is two calls of jitted code: what to ask f about, and what to do with that.
+    """
+    import jax.numpy as jnp
+
+    start, next_iterate, update = _jaxopt_steps(window)
+    params = jnp.asarray(z0.numpy())
+    state = start(params)
+    for k in range(max_iter):
+        z = torch.from_numpy(np.array(next_iterate(params, state, k % window)))
+        fz = f(z)
+        if bool((residual_norm(z, fz) <= tol).all()):
+            break
+        params, state = update(params, state, jnp.asarray(fz.numpy()))
+    return z
 
 
 def scs_aa(f: FixedPointMap, z0: Tensor, tol: float, max_iter: int, window: int) -> Tensor:

@@ -90,11 +90,12 @@ def cell_problems(path: Path, device: torch.device) -> list[Problem]:
 
 
 class Watched:
-    """f with eyes: which call first met the tolerance, for every sample, and how many samples were evaluated."""
+    """f with eyes: which call first met each tolerance, for every sample, and how many samples were evaluated."""
 
-    def __init__(self, problem: Problem, tol: float) -> None:
-        self.problem, self.tol = problem, tol
-        self.first = torch.zeros(problem.z0.shape[0], dtype=torch.int64, device=problem.z0.device)
+    def __init__(self, problem: Problem, *tols: float) -> None:
+        self.problem, self.tols = problem, torch.tensor(tols, device=problem.z0.device)
+        self.first = torch.zeros(len(tols), problem.z0.shape[0], dtype=torch.int64, device=problem.z0.device)
+        """(tolerances, B), 0 for never."""
         self.calls = self.sample_evaluations = 0
 
     def on(self, f: FixedPointMap, index: Tensor) -> FixedPointMap:
@@ -102,19 +103,26 @@ class Watched:
             fz = f(z)
             self.calls += 1
             self.sample_evaluations += z.shape[0]
-            met = residual_norm(z, fz) <= self.tol
-            fresh = index[met & (self.first[index] == 0)]
-            self.first[fresh] = self.calls
+            met = residual_norm(z, fz) <= self.tols[:, None]
+            first = self.first[:, index]
+            self.first[:, index] = torch.where(met & (first == 0), self.calls, first)
             return fz
 
         return watched
 
     @property
     def f(self) -> FixedPointMap:
-        return self.on(self.problem.f, torch.arange(len(self.first), device=self.first.device))
+        return self.on(self.problem.f, torch.arange(self.first.shape[1], device=self.first.device))
 
     def restrict(self, index: Tensor) -> FixedPointMap:
         return self.on(self.problem.restrict(index), index)
+
+
+def evaluations_needed(first: Tensor, cap: int) -> list[str]:
+    """Their mean and 90th percentile, and the share of samples that never got there. first: (B,), 0 for never."""
+    needed = torch.where(first == 0, cap, first).float()
+    never = 100 * (first == 0).float().mean().item()
+    return [f"{needed.mean():.1f}", f"{needed.quantile(0.9):.0f}", f"{never:.0f} %"]
 
 
 Run = Callable[[FixedPointMap, Tensor, Restrict, float, int], object]
@@ -194,18 +202,14 @@ def main() -> None:
         for name in timed:
             # Recorded or not, the iterates are the same to the bit.
             watch = watched[name.removesuffix(RECORDED)]
-            needed = torch.where(watch.first == 0, options.cap, watch.first).float()
             ratios = [a / b for a, b in zip(times["forward iteration"], times[name], strict=True)]
             # A time is a speed only where as many samples were solved.
             solved = int((watch.first > 0).sum()) >= int((baseline.first > 0).sum())
-            never = 100 * (watch.first == 0).float().mean().item()
             rows.append(
                 [
                     problem.name,
                     name,
-                    f"{needed.mean():.1f}",
-                    f"{needed.quantile(0.9):.0f}",
-                    f"{never:.0f} %",
+                    *evaluations_needed(watch.first[0], options.cap),
                     watch.sample_evaluations,
                     f"{watch.sample_evaluations / baseline.sample_evaluations:.2f}",
                     f"{statistics.median(times[name]) * 1e3:.0f}",

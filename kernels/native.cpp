@@ -35,9 +35,10 @@ extern "C" {
 // floating-point fields are of the state's own type; G may be in bfloat16. stride: elements from one row of G or Y to
 // the next. row_bytes: of an element of G.
 struct Window {
-    int64_t batch, window, dim, stride, scaled, row_bytes;
+    int64_t batch, window, dim, stride, scaled, adaptive, row_bytes;
     double beta, tol, ridge;
-    void *G, *Y, *H, *row_residual, *weights, *residual, *frozen, *iterations;
+    double over_relaxation, largest_relaxation, far, drop_far, drop_near, unpredicted;
+    void *G, *Y, *H, *row_residual, *weights, *residual, *frozen, *iterations, *row_beta, *relaxation, *combined;
 };
 
 }  // extern "C"
@@ -106,9 +107,9 @@ inline void streamed() {
 template <typename T, typename R>
 struct Sample {
     const T *x, *f;
-    T *out, *Y, *row_residual, *weights, *residual;
+    T *out, *Y, *row_residual, *weights, *residual, *row_beta;
     R* G;
-    double* H;
+    double *H, *relaxation, *combined;
     uint8_t* frozen;
     int32_t* iterations;
 
@@ -121,8 +122,11 @@ struct Sample {
           row_residual(static_cast<T*>(w.row_residual) + b * w.window),
           weights(static_cast<T*>(w.weights) + b * w.window),
           residual(static_cast<T*>(w.residual) + b),
+          row_beta(static_cast<T*>(w.row_beta) + b * w.window),
           G(static_cast<R*>(w.G) + b * w.window * w.stride),
           H(static_cast<double*>(w.H) + b * w.window * w.window),
+          relaxation(static_cast<double*>(w.relaxation) + b),
+          combined(static_cast<double*>(w.combined) + 2 * b),
           frozen(static_cast<uint8_t*>(w.frozen) + b),
           iterations(static_cast<int32_t*>(w.iterations) + b) {}
 };
@@ -167,11 +171,20 @@ inline void combine(T* __restrict o, const T* const* rows, const T* a, int64_t n
     }
 }
 
-// Launch 1: elements [begin, end). sums[i] += g . g_i for the filled rows i, sums[m] += f . f.
+// The mixing parameter of the row that is pushed now.
+template <typename T, typename R>
+inline double beta_of(const Window& w, const Sample<T, R>& s) {
+    return w.beta * *s.relaxation;
+}
+
+// Launch 1: elements [begin, end). sums[i] += g . g_i for the filled rows i, sums[m] += f . f, and where the window is
+// adaptive and full, sums[m + 1] += g . (the row that g takes the place of).
 template <typename T, typename R>
 void push(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled, int64_t begin, int64_t end, double* sums) {
-    const T damping = static_cast<T>(1.0 - w.beta);
-    const bool large = beyond_the_caches<T>(w), in_place = std::is_same<T, R>::value && !large;
+    const double beta = beta_of(w, s);
+    const T damping = static_cast<T>(1.0 - beta);
+    const bool large = beyond_the_caches<T>(w), outlives = w.adaptive && *s.iterations >= w.window;
+    const bool in_place = std::is_same<T, R>::value && !large && !outlives;
     T buffer[BLOCK];
     R row[std::is_same<T, R>::value ? 1 : BLOCK];
     for (int64_t at = begin; at < end; at += BLOCK) {
@@ -193,7 +206,7 @@ void push(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled, 
             ff += static_cast<double>(f[j]) * static_cast<double>(f[j]);
         }
         // y = x + beta g written so that beta = 1 stores f itself, without rounding.
-        if (w.beta == 1.0) {
+        if (beta == 1.0) {
             if (large)
                 stream(f, y, n);
             else
@@ -209,9 +222,9 @@ void push(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled, 
         double* into[4];
         int k = 0;
         for (int64_t i = 0; i < filled; ++i) {
-            if (i == slot) continue;
+            if (i == slot && !outlives) continue;
             rows[k] = s.G + i * w.stride + at;
-            into[k++] = sums + i;
+            into[k++] = sums + (i == slot ? w.window + 1 : i);
             if (k == 4) {
                 dot<4>(g, rows, n, into);
                 k = 0;
@@ -224,6 +237,8 @@ void push(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled, 
             std::copy(row, row + n, g_row);
         else if (large)
             stream(g, g_row, n);
+        else if (!in_place)
+            std::copy(g, g + n, g_row);
     }
     if (large) streamed();
 }
@@ -266,6 +281,31 @@ bool solve(const Window& w, const Sample<T, R>& s, int64_t n, const bool* valid,
     return finite;
 }
 
+// The rules of an adaptive window (state.py), once the newest row of H is there: rows that no longer fit leave, and the
+// next row's mixing parameter follows the gain of the last step. s.weights are still those of that step.
+template <typename T, typename R>
+void adapt(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled, int64_t steps, bool finite,
+           const double* sums) {
+    const int64_t m = w.window;
+    const double combined = s.combined[steps % 2], newest = sums[slot], relaxation = *s.relaxation;
+    s.row_beta[slot] = static_cast<T>(beta_of(w, s));
+    if (finite && newest > w.unpredicted * w.unpredicted * combined) {
+        const double limit = *s.residual > static_cast<T>(w.far) ? w.drop_far : w.drop_near;
+        for (int64_t i = 0; i < filled; ++i)
+            if (i != slot && s.H[i * m + i] > limit * limit * newest)
+                s.row_residual[i] = std::numeric_limits<T>::infinity();
+    }
+    double product = 0.0;
+    for (int64_t i = 0; i < filled; ++i) {
+        const double weight = s.weights[i];
+        if (weight != 0.0) product += weight * (i == slot ? sums[m + 1] : sums[i]);
+    }
+    const double best =
+        w.over_relaxation * relaxation * (combined - product) / (combined - 2.0 * product + newest);
+    if (std::isfinite(best))
+        *s.relaxation = std::sqrt(relaxation * std::min(std::max(best, 1.0), w.largest_relaxation));
+}
+
 // Between the launches: finishes the Gram row, finds the weights, keeps the books. False if the sample keeps its x.
 template <typename T, typename R>
 bool finish(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled, const double* sums) {
@@ -278,6 +318,8 @@ bool finish(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled
     *s.iterations += 1;
     s.row_residual[slot] = finite ? residual : infinity;
 
+    const int64_t steps = *s.iterations - 1;
+    if (w.adaptive) adapt(w, s, slot, filled, steps, finite, sums);
     bool valid[MAX_WINDOW];
     double alpha[MAX_WINDOW];
     for (int64_t i = 0; i < filled; ++i) valid[i] = s.row_residual[i] < infinity;
@@ -290,6 +332,13 @@ bool finish(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled
         if (row < filled && valid[row]) alpha[row] = 1.0;
     }
     for (int64_t i = 0; i < filled; ++i) s.weights[i] = static_cast<T>(alpha[i]);
+    if (w.adaptive) {
+        double combined = 0.0;
+        for (int64_t i = 0; i < filled; ++i)
+            for (int64_t j = 0; j < filled; ++j)
+                if (valid[i] && valid[j]) combined += alpha[i] * s.H[i * m + j] * alpha[j];
+        s.combined[(steps + 1) % 2] = std::max(combined, 0.0);
+    }
     const bool recovers = before < filled && valid[before];
     const bool stays = residual <= static_cast<T>(w.tol) || (!finite && !recovers);
     if (stays) *s.frozen = 1;
@@ -308,7 +357,8 @@ void mix(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled, i
     for (int64_t i = 0; i < filled; ++i)
         if (s.weights[i] != T(0)) {
             // With beta = 1 the newest row is f, which the caches still hold (unless f is written to here).
-            rows[count] = i == slot && w.beta == 1.0 && s.f != s.out ? s.f : s.Y + i * w.stride;
+            rows[count] =
+                i == slot && w.beta == 1.0 && !w.adaptive && s.f != s.out ? s.f : s.Y + i * w.stride;
             a[count++] = s.weights[i];
         }
     for (int64_t at = begin; at < end; at += BLOCK) {
@@ -351,7 +401,7 @@ void add_pieces(const std::vector<double>& partial, int64_t pieces, int64_t widt
 
 template <typename T, typename R>
 void step(const Window& w, const void* x, const void* f, void* out, const int64_t* index, int64_t count, int threads) {
-    const int64_t width = w.window + 1, pieces = (w.dim + PIECE - 1) / PIECE;
+    const int64_t width = w.window + 2, pieces = (w.dim + PIECE - 1) / PIECE;
     const bool by_sample = count >= 2 * threads || pieces == 1;
     if (by_sample) {
 #pragma omp parallel num_threads(threads) if (threads > 1 && count > 1)

@@ -24,7 +24,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .state import BackendName, WindowState
+from .state import (
+    DROP_FAR,
+    DROP_NEAR,
+    FAR,
+    LARGEST_RELAXATION,
+    OVER_RELAXATION,
+    UNPREDICTED,
+    BackendName,
+    WindowState,
+)
 
 MAX_WINDOW = 64
 """Rows that the solve on the stack is built for."""
@@ -38,15 +47,20 @@ _FLAGS = (
 _SUFFIX = {torch.float32: "float", torch.float64: "double"}
 
 
-_TENSORS = ("G", "Y", "H", "row_residual", "weights", "residual", "frozen", "iterations")
+_TENSORS = (
+    *("G", "Y", "H", "row_residual", "weights", "residual", "frozen", "iterations"),
+    *("row_beta", "relaxation", "combined"),
+)
+_CONSTANTS = (OVER_RELAXATION, LARGEST_RELAXATION, FAR, DROP_FAR, DROP_NEAR, UNPREDICTED)
 
 
 class _Window(ctypes.Structure):
     """Mirrors ``struct Window`` of native.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "window", "dim", "stride", "scaled", "row_bytes")),
+        *((name, ctypes.c_int64) for name in ("batch", "window", "dim", "stride", "scaled", "adaptive", "row_bytes")),
         *((name, ctypes.c_double) for name in ("beta", "tol", "ridge")),
+        ("constants", ctypes.c_double * len(_CONSTANTS)),
         *((name, ctypes.c_void_p) for name in _TENSORS),
     )
 
@@ -71,8 +85,17 @@ class NativeBackend:
             # The tensors of a state never move, so that their addresses are taken once.
             batch_size, window, dim = state.G.shape
             self._window = _Window(
-                *(batch_size, window, dim, state.stride, int(state.scaled), state.G.element_size()),
+                *(
+                    batch_size,
+                    window,
+                    dim,
+                    state.stride,
+                    int(state.scaled),
+                    int(state.adaptive),
+                    state.G.element_size(),
+                ),
                 *(state.beta, state.tol, state.ridge),
+                (ctypes.c_double * len(_CONSTANTS))(*_CONSTANTS),
                 *(getattr(state, name).data_ptr() for name in _TENSORS),
             )
         function = getattr(self._library, f"anderson_step_{_SUFFIX[x.dtype]}")

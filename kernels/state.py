@@ -29,6 +29,25 @@ def residual_of_norms(g_norm: Tensor, f_norm: Tensor, dtype: torch.dtype) -> Ten
     return torch.where(finite, ratio.clamp(max=torch.finfo(dtype).max), torch.nan).to(dtype)
 
 
+FIRST_RELAXATION = 1.25
+"""Adaptive windows: beta's factor before anything is known."""
+
+OVER_RELAXATION = 1.5
+"""Adaptive windows: beta's factor is drawn towards this multiple of the one that would have been best along the last
+combined residual, ``r <A - B> / <A - 2 B + C>`` with A = ||g_bar||^2, B = g_bar . g, C = ||g||^2."""
+
+LARGEST_RELAXATION = 2.0
+"""Adaptive windows: beta's factor stays between 1 and this."""
+
+FAR, DROP_FAR, DROP_NEAR = 0.1, 2.0, 5.0
+"""Adaptive windows: a row leaves for good once its norm is above DROP_FAR times the newest (DROP_NEAR where the
+relative residual is at most FAR): the map has another slope where it was taken ..."""
+
+UNPREDICTED = 0.7
+"""... but only in a step whose residual is above this times that of the combined rows: where the map is affine and
+contracts fast enough, old rows are as good as new ones."""
+
+
 @dataclass
 class WindowState:
     """Ring buffers over the last m iterations of B samples, each of d elements.
@@ -55,7 +74,16 @@ class WindowState:
     iterations: Tensor
     """(B,) int32: steps that each sample took before it froze, the last one included. The ring of a sample that took
     k steps has rows 0 to min(k, m) - 1 filled, and its next row goes to k mod m."""
+    row_beta: Tensor
+    """(B, m) the mixing parameter of each row of Y."""
+    relaxation: Tensor
+    """(B,) float64: what ``beta`` is multiplied by in the next row; 1 unless ``adaptive``."""
+    combined: Tensor
+    """(B, 2) float64: ||sum_i alpha_i g_i||^2 of the last step, which column k mod 2 holds after k steps (``adaptive``
+    alone). Two, so that no program of a launch reads what another one writes."""
     beta: float
+    adaptive: bool
+    """Drop rows that no longer fit, and let ``relaxation`` follow the gain: see the constants above."""
     tol: float
     """Freeze a sample at residual <= tol; a negative tol never freezes a finite one."""
     ridge: float

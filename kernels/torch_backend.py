@@ -11,7 +11,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .state import BackendName, WindowState, accumulator_dtype, residual_of_norms
+from .state import (
+    DROP_FAR,
+    DROP_NEAR,
+    FAR,
+    LARGEST_RELAXATION,
+    OVER_RELAXATION,
+    UNPREDICTED,
+    BackendName,
+    WindowState,
+    accumulator_dtype,
+    residual_of_norms,
+)
 
 
 class TorchBackend:
@@ -88,14 +99,24 @@ def _advance(state: WindowState, samples: Tensor, x: Tensor, fx: Tensor, out: Te
     residual = residual_of_norms(g_norm, f_norm, state.residual.dtype)
     finite = torch.isfinite(residual)
     # y = x + beta g written so that beta = 1 stores f itself, without rounding.
-    y = torch.sub(fx, g, alpha=1.0 - state.beta)
+    if state.adaptive:
+        beta = state.beta * state.relaxation[samples]
+        state.row_beta[samples, slot] = beta.to(state.row_beta.dtype)
+        dtype = accumulator_dtype(fx.dtype)
+        y = torch.addcmul(fx.to(dtype), g.to(dtype), (1.0 - beta).to(dtype)[:, None], value=-1).to(fx.dtype)
+    else:
+        y = torch.sub(fx, g, alpha=1.0 - state.beta)
     if not bool(finite.all()):
         # 0 * NaN is NaN: rows that do not take part must not hold one.
         g[~finite], y[~finite] = 0, 0
         g_norm = torch.where(finite, g_norm, 0.0)
+    H = state.H[samples]
+    outlived = torch.zeros_like(g_norm)
+    if state.adaptive and rows == m:
+        # With the row that g takes the place of, which may have had weight in the last step.
+        outlived = _products([state.G[samples, slot]], H[line, slot, slot].sqrt()[:, None], g, g_norm)[:, 0]
     state.G[samples, slot], state.Y[samples, slot] = g, y
 
-    H = state.H[samples]
     in_use = torch.arange(rows, device=x.device) < filled[:, None]
     row_norms = torch.diagonal(H, dim1=1, dim2=2)[:, :rows].sqrt()
     h = _products([history(state.G, i) for i in range(rows)], row_norms, g, g_norm)
@@ -106,10 +127,17 @@ def _advance(state: WindowState, samples: Tensor, x: Tensor, fx: Tensor, out: Te
     H[line, :rows, slot] = h
     state.H[samples] = H
     state.row_residual[samples, slot] = torch.where(finite, residual, torch.inf)
+    if state.adaptive:
+        _adapt(state, samples, H, slot, residual, steps, outlived)
     state.residual[samples] = residual
     state.iterations[samples] += 1
 
     alpha, stays = _weights(state, samples, H[:, :rows, :rows], in_use, slot, finite)
+    if state.adaptive:
+        valid = (in_use & (state.row_residual[samples, :rows] < torch.inf)).double()
+        taking_part = torch.where(valid[:, :, None] * valid[:, None] > 0, H[:, :rows, :rows], 0.0)
+        combined = torch.einsum("ni,nij,nj->n", alpha.double(), taking_part, alpha.double())
+        state.combined[samples, (steps + 1) % 2] = combined.clamp(min=0)
     state.weights[samples, :rows] = torch.where(in_use, alpha, state.weights[samples, :rows])
     state.frozen[samples] = stays
     # One path for all cases, so that a sample's bits do not depend on what its neighbours do.
@@ -120,6 +148,39 @@ def _advance(state: WindowState, samples: Tensor, x: Tensor, fx: Tensor, out: Te
         mixed_rows = torch.where(unused[:, :, None], 0, mixed_rows)
     mixed = torch.bmm(alpha[:, None], mixed_rows.to(alpha.dtype)).squeeze(1)
     torch.where(stays[:, None], x, mixed.to(out.dtype), out=out)
+
+
+def _adapt(
+    state: WindowState,
+    samples: Tensor,
+    H: Tensor,
+    slot: Tensor,
+    residual: Tensor,
+    steps: Tensor,
+    outlived: Tensor,
+) -> None:
+    """The rules of an adaptive window (state.py), once the newest row of H, (n, m, m), is there.
+
+    Rows that no longer fit leave, and the next row's mixing parameter follows the gain of the last step, whose weights
+    ``state.weights`` still are. outlived: (n,) float64, g . (the row that g takes the place of).
+    """
+    line = torch.arange(len(samples), device=H.device)
+    diagonal = torch.diagonal(H, dim1=1, dim2=2)
+    newest, combined = diagonal[line, slot], state.combined[samples, steps % 2]
+    limit = torch.where(residual > FAR, DROP_FAR, DROP_NEAR).double()
+    unpredicted = torch.isfinite(residual) & (newest > UNPREDICTED**2 * combined)
+    dropped = unpredicted[:, None] & (diagonal > limit.square()[:, None] * newest[:, None])
+    in_use = torch.arange(state.window, device=H.device) <= steps[:, None]
+    row_residual = state.row_residual[samples]
+    state.row_residual[samples] = torch.where(dropped & in_use, torch.inf, row_residual)
+
+    weights = state.weights[samples].double()
+    products = H[line, slot].scatter(1, slot[:, None], outlived[:, None])
+    product = torch.where(weights != 0, weights * products, 0.0).sum(dim=1)
+    relaxation = state.relaxation[samples]
+    best = OVER_RELAXATION * relaxation * (combined - product) / (combined - 2 * product + newest)
+    follows = (relaxation * best.clamp(1.0, LARGEST_RELAXATION)).sqrt()
+    state.relaxation[samples] = torch.where(torch.isfinite(best), follows, relaxation)
 
 
 def _weights(

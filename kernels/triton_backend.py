@@ -23,7 +23,19 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from .launch import device_key, fused_dim, fused_shape, split_shape, warp_size
-from .state import BackendName, WindowState, accumulator_dtype, on_device, residual_of_norms
+from .state import (
+    DROP_FAR,
+    DROP_NEAR,
+    FAR,
+    LARGEST_RELAXATION,
+    OVER_RELAXATION,
+    UNPREDICTED,
+    BackendName,
+    WindowState,
+    accumulator_dtype,
+    on_device,
+    residual_of_norms,
+)
 
 MAX_WINDOW = 32
 """Rows that the solve in registers is built for (a tile of MAX_WINDOW^2 float64 over one or two warps)."""
@@ -36,6 +48,28 @@ _REDUCE_BLOCKS = 128
 would be more than a tenth of what such a program reads at m = 5."""
 
 
+_FAR, _UNPREDICTED_SQUARED = tl.constexpr(FAR), tl.constexpr(UNPREDICTED**2)
+_DROP_FAR_SQUARED, _DROP_NEAR_SQUARED = tl.constexpr(DROP_FAR**2), tl.constexpr(DROP_NEAR**2)
+_OVER_RELAXATION, _LARGEST_RELAXATION = tl.constexpr(OVER_RELAXATION), tl.constexpr(LARGEST_RELAXATION)
+
+
+@triton.jit
+def _row_beta(beta, relaxation_ptr, sample, ADAPTIVE: tl.constexpr):
+    """The mixing parameter of the row that is pushed now: () float64."""
+    return (
+        tl.full((), beta, tl.float64) * tl.load(relaxation_ptr + sample) if ADAPTIVE else tl.full((), beta, tl.float64)
+    )
+
+
+@triton.jit
+def _outlived(g, old_row, element, steps, stride, WINDOW: tl.constexpr):
+    """g . (the row that g will take the place of), 0 where there is none: () float64."""
+    old = tl.load(old_row, mask=element < tl.where(steps >= WINDOW, stride, 0), other=0.0)
+    # It may not be written over before all threads have read it.
+    tl.debug_barrier()
+    return tl.sum(g.to(tl.float64) * old.to(tl.float64), axis=0)
+
+
 @triton.jit
 def _push(
     x_ptr,
@@ -46,6 +80,8 @@ def _push(
     frozen_ptr,
     iterations_ptr,
     pushed_ptr,
+    relaxation_ptr,
+    row_beta_ptr,
     index_ptr,
     beta: tl.float64,
     dim,
@@ -53,11 +89,13 @@ def _push(
     blocks,
     WINDOW: tl.constexpr,
     UNDAMPED: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
     INDEXED: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: BLOCK elements of one sample. partial: (n, blocks, WINDOW + 1), the last column for ||f||^2.
+    """One program: BLOCK elements of one sample. partial: (n, blocks, WINDOW + 2), the columns after the rows' for
+    ||f||^2 and, where the window is adaptive and full, for g . (the row that g takes the place of).
 
     Row ``row`` of x and f belongs to sample index[row] of the window, or to sample ``row`` where it is not INDEXED.
     ``iterations`` is read here and written by ``_mix``, ``pushed`` the other way round: no program can read a count
@@ -85,11 +123,16 @@ def _push(
     g = g_stored.to(ACCUMULATOR)
     first_row = sample * WINDOW
     new_row = (first_row + slot) * stride + element
+    out = partial_ptr + program.to(tl.int64) * (WINDOW + 2)
+    here_beta = _row_beta(beta, relaxation_ptr, sample, ADAPTIVE)
+    if ADAPTIVE:
+        tl.store(out + WINDOW + 1, _outlived(g, G_ptr + new_row, element, steps, stride, WINDOW))
+        if block == 0:
+            tl.store(row_beta_ptr + sample * WINDOW + slot, here_beta.to(ACCUMULATOR))
     tl.store(G_ptr + new_row, g_stored, mask=held)
-    y = f if UNDAMPED else f - tl.full((), 1.0 - beta, ACCUMULATOR) * g
+    y = f if UNDAMPED else f - (1.0 - here_beta).to(ACCUMULATOR) * g
     tl.store(Y_ptr + new_row, y.to(Y_ptr.dtype.element_ty), mask=held)
 
-    out = partial_ptr + program.to(tl.int64) * (WINDOW + 1)
     for row in tl.static_range(WINDOW):
         if row <= steps:
             if row == slot:
@@ -102,19 +145,31 @@ def _push(
 
 
 @triton.jit
-def _add_up(partial, row, in_use, blocks, WINDOW: tl.constexpr, ROWS: tl.constexpr, FINISH_BLOCKS: tl.constexpr):
-    """The new Gram row and ||f||^2 of one sample, in one order: (ROWS,) and () float64."""
+def _add_up(
+    partial,
+    row,
+    in_use,
+    blocks,
+    WINDOW: tl.constexpr,
+    ROWS: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
+    FINISH_BLOCKS: tl.constexpr,
+):
+    """The new Gram row, ||f||^2 and the outlived product of one sample, in one order: (ROWS,), () and () float64."""
     h = tl.zeros((ROWS,), tl.float64)
     f_squared = tl.zeros((), tl.float64)
+    outlived = tl.zeros((), tl.float64)
     first = 0
     while first < blocks:
         part = first + tl.arange(0, FINISH_BLOCKS)
-        line = partial + part.to(tl.int64) * (WINDOW + 1)
+        line = partial + part.to(tl.int64) * (WINDOW + 2)
         tile = tl.load(line[:, None] + row[None, :], mask=(part < blocks)[:, None] & in_use[None, :], other=0.0)
         h += tl.sum(tile, axis=0)
         f_squared += tl.sum(tl.load(line + WINDOW, mask=part < blocks, other=0.0), axis=0)
+        if ADAPTIVE:
+            outlived += tl.sum(tl.load(line + WINDOW + 1, mask=part < blocks, other=0.0), axis=0)
         first += FINISH_BLOCKS
-    return h, f_squared
+    return h, f_squared, outlived
 
 
 @triton.jit
@@ -126,6 +181,7 @@ def _reduce(
     blocks,
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
     INDEXED: tl.constexpr,
     FINISH_BLOCKS: tl.constexpr,
 ):
@@ -136,11 +192,13 @@ def _reduce(
         return
     row = tl.arange(0, ROWS)
     in_use = (row <= tl.load(pushed_ptr + sample)) & (row < WINDOW)
-    partial = partial_ptr + position * blocks * (WINDOW + 1)
-    h, f_squared = _add_up(partial, row, in_use, blocks, WINDOW, ROWS, FINISH_BLOCKS)
+    partial = partial_ptr + position * blocks * (WINDOW + 2)
+    h, f_squared, outlived = _add_up(partial, row, in_use, blocks, WINDOW, ROWS, ADAPTIVE, FINISH_BLOCKS)
     tl.debug_barrier()
     tl.store(partial + row, h, mask=in_use)
     tl.store(partial + WINDOW, f_squared)
+    if ADAPTIVE:
+        tl.store(partial + WINDOW + 1, outlived)
 
 
 @triton.jit
@@ -176,16 +234,19 @@ def _weigh(
     steps,
     H_ptr,
     row_residual_ptr,
+    combined_ptr,
     tol: tl.float64,
     ridge: tl.float64,
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
     SCALED: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
     TINY: tl.constexpr,
     LARGEST: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
 ):
-    """From the new Gram row to the weights: (alpha (ROWS,), residual (), entry of the ring (), stays () bool)."""
+    """From the new Gram row to the weights: (alpha (ROWS,), residual (), row residuals (ROWS,), stays () bool,
+    ||sum alpha_i g_i||^2 () float64 where ADAPTIVE)."""
     row = tl.arange(0, ROWS)
     slot = steps % WINDOW
     in_use = (row <= steps) & (row < WINDOW)
@@ -201,12 +262,21 @@ def _weigh(
     entry = tl.where(finite, residual, infinity)
     row_residual = tl.load(row_residual_ptr + sample * WINDOW + row, mask=in_use, other=infinity)
     row_residual = tl.where(newest, entry, row_residual)
-    valid = row_residual < infinity
     H_here = H_ptr + sample * WINDOW * WINDOW
     old = tl.load(H_here + row[:, None] * WINDOW + row[None, :], mask=in_use[:, None] & in_use[None, :], other=0.0)
     H = tl.where(newest[:, None], h[None, :], tl.where(newest[None, :], h[:, None], old))
+    H_diagonal = tl.sum(tl.where(row[:, None] == row[None, :], H, 0.0), axis=1)
+    if ADAPTIVE:
+        # Every program of the sample finds the same, whether the first has already written what it found or not.
+        combined = tl.load(combined_ptr + sample * 2 + steps % 2)
+        near = tl.full((), _DROP_NEAR_SQUARED, tl.float64)
+        limit = tl.where(residual > _FAR, tl.full((), _DROP_FAR_SQUARED, tl.float64), near)
+        unpredicted = finite & (g_squared > combined * _UNPREDICTED_SQUARED)
+        largest = tl.where(unpredicted, limit * g_squared, infinity)
+        too_large = tl.where(newest, 0.0, H_diagonal) > largest
+        row_residual = tl.where(too_large, infinity, row_residual)
+    valid = row_residual < infinity
     if SCALED:
-        H_diagonal = tl.sum(tl.where(row[:, None] == row[None, :], H, 0.0), axis=1)
         S = tl.where(valid, 1.0 / tl.sqrt(H_diagonal), 0.0)
     else:
         S = tl.where(valid, tl.full((ROWS,), 1.0, tl.float64), 0.0)
@@ -219,7 +289,12 @@ def _weigh(
     alpha = tl.where(solved, alpha, tl.where(newest, 1.0, 0.0))
     alpha = tl.where(finite, alpha, tl.where(before & valid, 1.0, 0.0)).to(ACCUMULATOR)
     stays = converged | ((finite == 0) & (recovers == 0))
-    return alpha, residual, entry, stays
+    combined = tl.zeros((), tl.float64)
+    if ADAPTIVE:
+        both = valid[:, None] & valid[None, :]
+        products = alpha.to(tl.float64)[:, None] * H * alpha.to(tl.float64)[None, :]
+        combined = tl.maximum(tl.sum(tl.sum(tl.where(both, products, 0.0), axis=1), axis=0), 0.0)
+    return alpha, residual, row_residual, stays, combined
 
 
 @triton.jit
@@ -227,8 +302,10 @@ def _keep_books(
     h,
     alpha,
     residual,
-    entry,
+    row_residual,
     stays,
+    outlived,
+    combined,
     sample,
     steps,
     H_ptr,
@@ -237,17 +314,36 @@ def _keep_books(
     residual_ptr,
     frozen_ptr,
     iterations_ptr,
+    relaxation_ptr,
+    combined_ptr,
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
 ):
     """What the next iteration needs to know of this one."""
     row = tl.arange(0, ROWS)
     slot = steps % WINDOW
     in_use = (row <= steps) & (row < WINDOW)
+    if ADAPTIVE:
+        # The gain of the last step, whose weights are still there, and with it the next row's mixing parameter.
+        last = tl.load(weights_ptr + sample * WINDOW + row, mask=in_use, other=0.0).to(tl.float64)
+        before = tl.load(combined_ptr + sample * 2 + steps % 2)
+        relaxation = tl.load(relaxation_ptr + sample)
+        tl.debug_barrier()
+        product = tl.sum(tl.where(last != 0.0, last * tl.where(row == slot, outlived, h), 0.0), axis=0)
+        g_squared = tl.sum(tl.where(row == slot, h, 0.0), axis=0)
+        best = relaxation * _OVER_RELAXATION * (before - product) / (before - 2.0 * product + g_squared)
+        follows = tl.sqrt(relaxation * tl.minimum(tl.maximum(best, 1.0), _LARGEST_RELAXATION))
+        tl.store(relaxation_ptr + sample, tl.where(tl.abs(best) < float("inf"), follows, relaxation))
+        tl.store(combined_ptr + sample * 2 + (steps + 1) % 2, combined)
     H_here = H_ptr + sample * WINDOW * WINDOW
     tl.store(H_here + slot * WINDOW + row, h, mask=in_use)
     tl.store(H_here + row * WINDOW + slot, h, mask=in_use)
-    tl.store(row_residual_ptr + sample * WINDOW + slot, entry)
+    if ADAPTIVE:  # rows may have been dropped
+        tl.store(row_residual_ptr + sample * WINDOW + row, row_residual, mask=in_use)
+    else:
+        entry = tl.where(residual == residual, residual, float("inf"))
+        tl.store(row_residual_ptr + sample * WINDOW + slot, entry)
     tl.store(weights_ptr + sample * WINDOW + row, alpha, mask=in_use)
     tl.store(residual_ptr + sample, residual)
     tl.store(iterations_ptr + sample, steps + 1)
@@ -267,6 +363,8 @@ def _mix(
     residual_ptr,
     frozen_ptr,
     iterations_ptr,
+    relaxation_ptr,
+    combined_ptr,
     pushed_ptr,
     index_ptr,
     tol: tl.float64,
@@ -278,6 +376,7 @@ def _mix(
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
     SCALED: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
     IN_PLACE: tl.constexpr,
     INDEXED: tl.constexpr,
     TINY: tl.constexpr,
@@ -307,20 +406,22 @@ def _mix(
 
     row = tl.arange(0, ROWS)
     in_use = (row <= steps) & (row < WINDOW)
-    partial = partial_ptr + position * blocks * (WINDOW + 1)
-    h, f_squared = _add_up(partial, row, in_use, sums, WINDOW, ROWS, FINISH_BLOCKS)
-    alpha, residual, entry, stays = _weigh(
+    partial = partial_ptr + position * blocks * (WINDOW + 2)
+    h, f_squared, outlived = _add_up(partial, row, in_use, sums, WINDOW, ROWS, ADAPTIVE, FINISH_BLOCKS)
+    alpha, residual, row_residual, stays, combined = _weigh(
         h,
         f_squared,
         sample,
         steps,
         H_ptr,
         row_residual_ptr,
+        combined_ptr,
         tol,
         ridge,
         WINDOW,
         ROWS,
         SCALED,
+        ADAPTIVE,
         TINY,
         LARGEST,
         ACCUMULATOR,
@@ -330,8 +431,10 @@ def _mix(
             h,
             alpha,
             residual,
-            entry,
+            row_residual,
             stays,
+            outlived,
+            combined,
             sample,
             steps,
             H_ptr,
@@ -340,8 +443,11 @@ def _mix(
             residual_ptr,
             frozen_ptr,
             iterations_ptr,
+            relaxation_ptr,
+            combined_ptr,
             WINDOW,
             ROWS,
+            ADAPTIVE,
         )
     if stays:
         if not IN_PLACE:
@@ -371,6 +477,9 @@ def _update(
     residual_ptr,
     frozen_ptr,
     iterations_ptr,
+    relaxation_ptr,
+    combined_ptr,
+    row_beta_ptr,
     index_ptr,
     beta: tl.float64,
     tol: tl.float64,
@@ -381,6 +490,7 @@ def _update(
     ROWS: tl.constexpr,
     UNDAMPED: tl.constexpr,
     SCALED: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
     IN_PLACE: tl.constexpr,
     INDEXED: tl.constexpr,
     TINY: tl.constexpr,
@@ -405,11 +515,16 @@ def _update(
     # As in _push: the Gram matrix and the mix belong to the rows as they are stored.
     g_stored = (f - x_stored.to(ACCUMULATOR)).to(G_ptr.dtype.element_ty)
     g = g_stored.to(ACCUMULATOR)
-    y = f if UNDAMPED else f - tl.full((), 1.0 - beta, ACCUMULATOR) * g
+    here_beta = _row_beta(beta, relaxation_ptr, sample, ADAPTIVE)
+    y = f if UNDAMPED else f - (1.0 - here_beta).to(ACCUMULATOR) * g
     y_stored = y.to(Y_ptr.dtype.element_ty)
     first_row = sample * WINDOW
     new_row = (first_row + slot) * stride + element
     held = element < stride
+    outlived = tl.zeros((), tl.float64)
+    if ADAPTIVE:
+        outlived = _outlived(g, G_ptr + new_row, element, steps, stride, WINDOW)
+        tl.store(row_beta_ptr + first_row + slot, here_beta.to(ACCUMULATOR))
     tl.store(G_ptr + new_row, g_stored, mask=held)
     tl.store(Y_ptr + new_row, y_stored, mask=held)
     row = tl.arange(0, ROWS)
@@ -420,18 +535,20 @@ def _update(
         end = tl.where((i < steps) & (i != slot), stride, 0)
         other = tl.load(G_ptr + (first_row + i) * stride + element, mask=element < end, other=0.0)
         h += tl.where((row == i) & (row != slot), tl.sum(g.to(tl.float64) * other.to(tl.float64), axis=0), 0.0)
-    alpha, residual, entry, stays = _weigh(
+    alpha, residual, row_residual, stays, combined = _weigh(
         h,
         f_squared,
         sample,
         steps,
         H_ptr,
         row_residual_ptr,
+        combined_ptr,
         tol,
         ridge,
         WINDOW,
         ROWS,
         SCALED,
+        ADAPTIVE,
         TINY,
         LARGEST,
         ACCUMULATOR,
@@ -442,8 +559,10 @@ def _update(
         h,
         alpha,
         residual,
-        entry,
+        row_residual,
         stays,
+        outlived,
+        combined,
         sample,
         steps,
         H_ptr,
@@ -452,8 +571,11 @@ def _update(
         residual_ptr,
         frozen_ptr,
         iterations_ptr,
+        relaxation_ptr,
+        combined_ptr,
         WINDOW,
         ROWS,
+        ADAPTIVE,
     )
     if stays:
         if not IN_PLACE:
@@ -522,6 +644,7 @@ class TritonBackend:
         shared: dict[str, Any] = {
             "WINDOW": window,
             "ACCUMULATOR": _TL_DTYPE[accumulator_dtype(x.dtype)],
+            "ADAPTIVE": state.adaptive,
             "INDEXED": index is not None,
             "BLOCK": block,
             "num_warps": warps,
@@ -533,13 +656,16 @@ class TritonBackend:
             "TINY": torch.finfo(torch.float64).tiny,
             "LARGEST": torch.finfo(state.residual.dtype).max,
         }
-        books = (state.row_residual, state.weights, state.residual, frozen, state.iterations)
+        books = (
+            *(state.row_residual, state.weights, state.residual, frozen, state.iterations),
+            *(state.relaxation, state.combined),
+        )
         samples = frozen if index is None else index  # a pointer that is not read where there is no index
-        undamped = state.beta == 1.0
+        undamped = state.beta == 1.0 and not state.adaptive
         with on_device(x.device):
             if fused:
                 _update[(x.shape[0],)](
-                    *(x, fx, out, state.G, state.Y, state.H, *books, samples),
+                    *(x, fx, out, state.G, state.Y, state.H, *books, state.row_beta, samples),
                     *(state.beta, state.tol, state.ridge, dim, state.stride),
                     UNDAMPED=undamped,
                     **of_system,
@@ -547,11 +673,12 @@ class TritonBackend:
                 )
                 return
             if self._partial is None:
-                self._partial = state.H.new_empty(batch_size, blocks, window + 1)
+                self._partial = state.H.new_empty(batch_size, blocks, window + 2)
                 self._pushed = torch.empty_like(state.iterations)
             grid = (x.shape[0] * blocks,)
             _push[grid](
-                *(x, fx, state.G, state.Y, self._partial, frozen, state.iterations, self._pushed, samples),
+                *(x, fx, state.G, state.Y, self._partial, frozen, state.iterations, self._pushed),
+                *(state.relaxation, state.row_beta, samples),
                 *(state.beta, dim, state.stride, blocks),
                 UNDAMPED=undamped,
                 **shared,
@@ -562,6 +689,7 @@ class TritonBackend:
                     *(self._partial, frozen, self._pushed, samples, blocks),
                     WINDOW=window,
                     ROWS=of_system["ROWS"],
+                    ADAPTIVE=state.adaptive,
                     INDEXED=index is not None,
                     FINISH_BLOCKS=_FINISH_BLOCKS,
                     num_warps=4,

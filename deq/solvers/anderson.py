@@ -26,6 +26,8 @@ class Anderson(Solver):
         tol, max_iter, stop, compact, check_every: see :class:`~deq.solvers.base.Solver`.
         regularization: ``scaled`` (unaffected by the scale of f) or ``absolute`` (what TorchDEQ and jaxopt do).
         ridge: strength of the regularisation; default 1e-6 for ``scaled``, 1e-4 for ``absolute``.
+        adaptive: let each sample choose its mixing parameter, from beta to 2 beta, and drop rows that the map has left
+            behind; see :class:`kernels.AndersonWindow`. Off, it is the method of the textbooks.
         history_dtype: ``bfloat16`` keeps the residual rows of a float32 state in half the memory and traffic, see
             :class:`kernels.AndersonWindow`; default: the state's.
         backend: ``auto``, ``triton``, ``native`` or ``torch``.
@@ -46,6 +48,7 @@ class Anderson(Solver):
     beta: float = 1.0
     regularization: Regularization = "scaled"
     ridge: float | None = None
+    adaptive: bool = False
     history_dtype: Literal["bfloat16"] | torch.dtype | None = None
     backend: BackendName = "auto"
 
@@ -58,6 +61,8 @@ class Anderson(Solver):
             ridge=self.ridge,
             backend=self.backend,
         )
+        if not isinstance(self.adaptive, bool):
+            raise ValueError(f"adaptive must be true or false, got {self.adaptive!r}")
         if self.history_dtype not in (None, "bfloat16", torch.bfloat16):
             raise ValueError(f"history_dtype must be 'bfloat16' or left out, got {self.history_dtype!r}")
 
@@ -74,6 +79,7 @@ class Anderson(Solver):
             backend=self.backend,
             regularization=self.regularization,
             ridge=self.ridge,
+            adaptive=self.adaptive,
             # Under the mean test every sample goes on lowering the mean until all stop together.
             tol=self.tol if self.stop == "max" else None,
         )

@@ -61,6 +61,16 @@ def test_a_cell_is_trained_written_and_solved(tmp_path: Path, monkeypatch: pytes
     run("benchmarks.solve", "--cell", str(file), "--rounds", "1", "--cap", "12", monkeypatch=monkeypatch)
 
 
+def test_robustness_counts_what_gmres_cannot_be_beaten_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("--only", "Anderson", "--linear-tols", "1e-3", "--linear-cap", "60", "--device", "cpu")
+    run("benchmarks.robustness", *arguments, "--out", str(tmp_path), monkeypatch=monkeypatch)
+    means = {(row["problem"], row["solver"]): float(row["mean"]) for row in rows_of(tmp_path, "robustness")}
+    best = means["affine, rho 0.9", "GMRES, all rows"]
+    assert best <= means["affine, rho 0.9", "Anderson, plain, m = 10"] < means["affine, rho 0.9", "forward iteration"]
+    assert best <= means["affine, rho 0.9", "Anderson, adaptive, m = 10"] < 20
+    assert means["two rotations, radius 1", "forward iteration"] == 60
+
+
 def test_the_gpu_run_is_complete_in_a_dry_run_without_hydra_or_wandb(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

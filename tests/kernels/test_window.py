@@ -23,6 +23,7 @@ from kernels.naive import anderson_update, anderson_weights, relative_residual
 from kernels.triton_backend import TritonBackend
 from tests.conftest import BACKENDS as BACKEND_NAMES
 from tests.conftest import KERNEL_DEVICE
+from tests.reference_adaptive import AdaptiveReference
 
 TWO_LAUNCHES = "triton, two launches"
 """Triton as it handles a state too large for one program, whatever its size."""
@@ -814,3 +815,38 @@ def test_half_the_rows_take_half_the_memory() -> None:
 def test_other_history_dtypes_are_refused(dtype: torch.dtype, history_dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=r"history_dtype must be torch\.bfloat16 for a torch\.float32 state"):
         AndersonWindow(2, 8, dtype=dtype, history_dtype=history_dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("m", [1, 2, 3, 7])
+@pytest.mark.parametrize("dim", [17, 2100])
+@pytest.mark.parametrize("beta", [1.0, 0.6])
+def test_an_adaptive_window_is_the_reference(backend: str, m: int, dim: int, beta: float) -> None:
+    generator = torch.Generator().manual_seed(m)
+    slope = torch.rand(3, dim, generator=generator, dtype=torch.float64) * 1.8 - 0.9
+    start, shift = torch.randn(2, 3, dim, generator=generator, dtype=torch.float64)
+
+    def f(x: Tensor) -> Tensor:
+        # A bend, so that rows are dropped; each sample another one.
+        return slope * x + shift + torch.tensor([[0.0], [0.5], [2.0]], dtype=x.dtype) * torch.sin(x)
+
+    window = make(backend, start[None], m, beta=beta, adaptive=True)
+    references = [AdaptiveReference(m, beta) for _ in range(3)]
+    x, expected = start.clone(), list(start)
+    dropped = False
+    for _ in range(14):
+        fx = f(x)
+        x = run(window, x[None], fx[None])
+        expected = [
+            reference.step(before, after) for reference, before, after in zip(references, expected, fx, strict=True)
+        ]
+        assert relative_error(x, torch.stack(expected), torch.stack(expected)) < 1e-8
+        relaxation = [reference.relaxation for reference in references]
+        assert window._state.relaxation.tolist() == pytest.approx(relaxation, rel=1e-6)
+        dropped |= any(len(reference.rows) < min(reference.steps, m) for reference in references)
+        expected = list(x)  # rounding must not add up
+    assert dropped or m < 7, "nothing was tested"
+    best, residual = window.best(x.to(device_of(backend)))
+    torch.testing.assert_close(
+        residual_norm(best, f(best.cpu()).to(best.device)), residual, rtol=1e-6, atol=0, msg="not the iterate it says"
+    )

@@ -1,6 +1,6 @@
 """The hot loops of Anderson acceleration: torch and triton only, no neural networks."""
 
-from .state import BackendName
+from .state import BackendName, Outcome
 from .window import AndersonWindow, Regularization, residual_norm
 
-__all__ = ["AndersonWindow", "BackendName", "Regularization", "residual_norm"]
+__all__ = ["AndersonWindow", "BackendName", "Outcome", "Regularization", "residual_norm"]

@@ -25,6 +25,7 @@ namespace {
 constexpr int64_t BLOCK = 2048;        // elements whose residual stays in the L1 cache while the rows pass by
 constexpr int64_t PIECE = 16 * BLOCK;  // elements of one unit of work where there are fewer samples than threads
 constexpr int64_t MAX_WINDOW = 64;
+constexpr uint8_t CONVERGED = 1, NON_FINITE = 2, DIVERGED = 3;  // kernels.state.Outcome
 constexpr int64_t CACHED = 64 << 20;   // bytes of history that caches may hold: above those of a desktop processor
 
 }  // namespace
@@ -35,10 +36,11 @@ extern "C" {
 // floating-point fields are of the state's own type; G may be in bfloat16. stride: elements from one row of G or Y to
 // the next. row_bytes: of an element of G.
 struct Window {
-    int64_t batch, window, dim, stride, scaled, adaptive, row_bytes;
+    int64_t batch, window, dim, stride, scaled, adaptive, patience, row_bytes;
     double beta, tol, ridge;
-    double over_relaxation, largest_relaxation, far, drop_far, drop_near, unpredicted;
-    void *G, *Y, *H, *row_residual, *weights, *residual, *frozen, *iterations, *row_beta, *relaxation, *combined;
+    double progress, far, relaxation_far, relaxation_near, near, smallest_relaxation, largest_relaxation, unpredicted,
+        drop_far, drop_near, promise, stall, blow;
+    void *G, *Y, *H, *row_residual, *weights, *residual, *outcome, *iterations, *tally, *carried;
 };
 
 }  // extern "C"
@@ -107,11 +109,11 @@ inline void streamed() {
 template <typename T, typename R>
 struct Sample {
     const T *x, *f;
-    T *out, *Y, *row_residual, *weights, *residual, *row_beta;
+    T *out, *Y, *row_residual, *weights, *residual;
     R* G;
-    double *H, *relaxation, *combined;
-    uint8_t* frozen;
-    int32_t* iterations;
+    double *H, *carried;
+    uint8_t* outcome;
+    int32_t *iterations, *tally;
 
     // Row p of x, f and out; sample b of the window.
     Sample(const Window& w, int64_t p, int64_t b, const void* x_, const void* f_, void* out_)
@@ -122,13 +124,12 @@ struct Sample {
           row_residual(static_cast<T*>(w.row_residual) + b * w.window),
           weights(static_cast<T*>(w.weights) + b * w.window),
           residual(static_cast<T*>(w.residual) + b),
-          row_beta(static_cast<T*>(w.row_beta) + b * w.window),
           G(static_cast<R*>(w.G) + b * w.window * w.stride),
           H(static_cast<double*>(w.H) + b * w.window * w.window),
-          relaxation(static_cast<double*>(w.relaxation) + b),
-          combined(static_cast<double*>(w.combined) + 2 * b),
-          frozen(static_cast<uint8_t*>(w.frozen) + b),
-          iterations(static_cast<int32_t*>(w.iterations) + b) {}
+          carried(static_cast<double*>(w.carried) + 8 * b),
+          outcome(static_cast<uint8_t*>(w.outcome) + b),
+          iterations(static_cast<int32_t*>(w.iterations) + b),
+          tally(static_cast<int32_t*>(w.tally) + 2 * b) {}
 };
 
 // sums[k] += g . rows[k], for N rows at a time: N independent chains of multiply-adds.
@@ -154,35 +155,49 @@ inline void dot(const T* __restrict g, const R* const* rows, int64_t n, double* 
 }
 
 // o[j] (+)= sum_k a[k] rows[k][j], for N rows at a time.
-template <int N, bool FIRST, typename T>
-inline void combine(T* __restrict o, const T* const* rows, const T* a, int64_t n) {
-    const T* __restrict r0 = rows[0];
-    const T* __restrict r1 = rows[N > 1 ? 1 : 0];
-    const T* __restrict r2 = rows[N > 2 ? 2 : 0];
-    const T* __restrict r3 = rows[N > 3 ? 3 : 0];
+template <int N, bool FIRST, typename T, typename R>
+inline void combine(T* __restrict o, const R* const* rows, const T* a, int64_t n) {
+    const R* __restrict r0 = rows[0];
+    const R* __restrict r1 = rows[N > 1 ? 1 : 0];
+    const R* __restrict r2 = rows[N > 2 ? 2 : 0];
+    const R* __restrict r3 = rows[N > 3 ? 3 : 0];
     const T a0 = a[0], a1 = N > 1 ? a[1] : T(0), a2 = N > 2 ? a[2] : T(0), a3 = N > 3 ? a[3] : T(0);
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-        T sum = a0 * r0[j];
-        if (N > 1) sum += a1 * r1[j];
-        if (N > 2) sum += a2 * r2[j];
-        if (N > 3) sum += a3 * r3[j];
+        T sum = a0 * value(r0[j]);
+        if (N > 1) sum += a1 * value(r1[j]);
+        if (N > 2) sum += a2 * value(r2[j]);
+        if (N > 3) sum += a3 * value(r3[j]);
         o[j] = FIRST ? sum : o[j] + sum;
     }
 }
 
-// The mixing parameter of the row that is pushed now.
-template <typename T, typename R>
-inline double beta_of(const Window& w, const Sample<T, R>& s) {
-    return w.beta * *s.relaxation;
+// o (+)= sum_i a[i] rows[i], elements [at, at + n) of the rows, any number of them; FRESH if o holds nothing yet.
+template <bool FRESH, typename T, typename R>
+inline void combine_all(T* o, const R* const* rows, const T* a, int64_t count, int64_t at, int64_t n) {
+    for (int64_t i = 0; i < count; i += 4) {
+        const R* four[4];
+        const int64_t k = std::min<int64_t>(4, count - i);
+        for (int64_t q = 0; q < k; ++q) four[q] = rows[i + q] + at;
+        if (FRESH && i == 0) {
+            if (k == 4) combine<4, true>(o, four, a, n);
+            if (k == 3) combine<3, true>(o, four, a, n);
+            if (k == 2) combine<2, true>(o, four, a, n);
+            if (k == 1) combine<1, true>(o, four, a, n);
+        } else {
+            if (k == 4) combine<4, false>(o, four, a + i, n);
+            if (k == 3) combine<3, false>(o, four, a + i, n);
+            if (k == 2) combine<2, false>(o, four, a + i, n);
+            if (k == 1) combine<1, false>(o, four, a + i, n);
+        }
+    }
 }
 
 // Launch 1: elements [begin, end). sums[i] += g . g_i for the filled rows i, sums[m] += f . f, and where the window is
 // adaptive and full, sums[m + 1] += g . (the row that g takes the place of).
 template <typename T, typename R>
 void push(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled, int64_t begin, int64_t end, double* sums) {
-    const double beta = beta_of(w, s);
-    const T damping = static_cast<T>(1.0 - beta);
+    const T damping = static_cast<T>(1.0 - w.beta);
     const bool large = beyond_the_caches<T>(w), outlives = w.adaptive && *s.iterations >= w.window;
     const bool in_place = std::is_same<T, R>::value && !large && !outlives;
     T buffer[BLOCK];
@@ -206,7 +221,7 @@ void push(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled, 
             ff += static_cast<double>(f[j]) * static_cast<double>(f[j]);
         }
         // y = x + beta g written so that beta = 1 stores f itself, without rounding.
-        if (beta == 1.0) {
+        if (w.beta == 1.0) {
             if (large)
                 stream(f, y, n);
             else
@@ -251,9 +266,10 @@ T relative(double g_squared, double f_squared) {
     return static_cast<T>(std::min(ratio, static_cast<double>(std::numeric_limits<T>::max())));
 }
 
-// Gauss-Jordan on (S H S + ridge I) w = S over the valid rows; false if there is no finite answer. n rows, in double.
+// Gauss-Jordan on (S H S + ridge I) w = S over the valid rows of n, in double: alpha, and 1 / the minimum (with the
+// ridge's part) in total; false if there is no finite answer.
 template <typename T, typename R>
-bool solve(const Window& w, const Sample<T, R>& s, int64_t n, const bool* valid, double* alpha) {
+bool solve(const Window& w, const Sample<T, R>& s, int64_t n, const bool* valid, double* alpha, double* total) {
     double A[MAX_WINDOW][MAX_WINDOW + 1], S[MAX_WINDOW];
     for (int64_t i = 0; i < n; ++i) {
         const double diagonal = s.H[i * w.window + i];
@@ -271,116 +287,132 @@ bool solve(const Window& w, const Sample<T, R>& s, int64_t n, const bool* valid,
             const double factor = A[i][k] / A[k][k];
             for (int64_t j = k; j <= n; ++j) A[i][j] -= factor * A[k][j];
         }
-    double total = 0.0;
-    for (int64_t i = 0; i < n; ++i) total += alpha[i] = S[i] * A[i][n] / A[i][i];
+    *total = 0.0;
+    for (int64_t i = 0; i < n; ++i) *total += alpha[i] = S[i] * A[i][n] / A[i][i];
     bool finite = true;
     for (int64_t i = 0; i < n; ++i) {
-        alpha[i] = valid[i] ? alpha[i] / total : 0.0;
+        alpha[i] = valid[i] ? alpha[i] / *total : 0.0;
         finite = finite && std::isfinite(alpha[i]);
     }
     return finite;
 }
 
-// The rules of an adaptive window (state.py), once the newest row of H is there: rows that no longer fit leave, and the
-// next row's mixing parameter follows the gain of the last step. s.weights are still those of that step.
+// Between the launches: finishes the Gram row, finds the weights and what beta is multiplied by, keeps the books. False
+// if the sample keeps its x. The rules of an adaptive window are those of state.py.
 template <typename T, typename R>
-void adapt(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled, int64_t steps, bool finite,
-           const double* sums) {
-    const int64_t m = w.window;
-    const double combined = s.combined[steps % 2], newest = sums[slot], relaxation = *s.relaxation;
-    s.row_beta[slot] = static_cast<T>(beta_of(w, s));
-    if (finite && newest > w.unpredicted * w.unpredicted * combined) {
-        const double limit = *s.residual > static_cast<T>(w.far) ? w.drop_far : w.drop_near;
-        for (int64_t i = 0; i < filled; ++i)
-            if (i != slot && s.H[i * m + i] > limit * limit * newest)
-                s.row_residual[i] = std::numeric_limits<T>::infinity();
-    }
-    double product = 0.0;
-    for (int64_t i = 0; i < filled; ++i) {
-        const double weight = s.weights[i];
-        if (weight != 0.0) product += weight * (i == slot ? sums[m + 1] : sums[i]);
-    }
-    const double best =
-        w.over_relaxation * relaxation * (combined - product) / (combined - 2.0 * product + newest);
-    if (std::isfinite(best))
-        *s.relaxation = std::sqrt(relaxation * std::min(std::max(best, 1.0), w.largest_relaxation));
-}
-
-// Between the launches: finishes the Gram row, finds the weights, keeps the books. False if the sample keeps its x.
-template <typename T, typename R>
-bool finish(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled, const double* sums) {
-    const int64_t m = w.window;
+bool finish(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled, const double* sums, double* factor) {
+    const int64_t m = w.window, steps = *s.iterations;
     for (int64_t i = 0; i < filled; ++i) s.H[slot * m + i] = s.H[i * m + slot] = sums[i];
-    const T residual = relative<T>(sums[slot], sums[m]);
+    const T rounded = relative<T>(sums[slot], sums[m]), infinity = std::numeric_limits<T>::infinity();
+    const double residual = rounded;
     const bool finite = std::isfinite(residual);
-    const T infinity = std::numeric_limits<T>::infinity();
-    *s.residual = residual;
+    *s.residual = rounded;
     *s.iterations += 1;
-    s.row_residual[slot] = finite ? residual : infinity;
+    s.row_residual[slot] = finite ? rounded : infinity;
+    double* const carried = s.carried + 4 * (steps % 2);
+    double predicted = carried[0], relaxation = carried[1], lowest = carried[2], stalled = carried[3];
 
-    const int64_t steps = *s.iterations - 1;
-    if (w.adaptive) adapt(w, s, slot, filled, steps, finite, sums);
-    bool valid[MAX_WINDOW];
-    double alpha[MAX_WINDOW];
-    for (int64_t i = 0; i < filled; ++i) valid[i] = s.row_residual[i] < infinity;
-    const bool solved = finite && solve(w, s, filled, valid, alpha);
+    if (residual < w.progress * lowest) {
+        lowest = residual;
+        stalled = 0.0;
+    } else {
+        stalled += 1.0;
+    }
+    bool valid[MAX_WINDOW], kept[MAX_WINDOW], near[MAX_WINDOW];
+    double alpha[MAX_WINDOW], total = 0.0;
+    for (int64_t i = 0; i < filled; ++i)
+        kept[i] = valid[i] = s.row_residual[i] >= T(0) && s.row_residual[i] < infinity;
+    if (w.adaptive) {
+        if (stalled >= w.stall && residual > w.blow * lowest) {
+            lowest = residual;
+            stalled = 0.0;
+        }
+        s.tally[0] += stalled == w.stall;
+        if (stalled >= w.stall && finite)
+            for (int64_t i = 0; i < filled; ++i) kept[i] = valid[i] && i == slot;
+        double gain = 0.0;
+        for (int64_t i = 0; i < filled; ++i) {
+            const double weight = s.weights[i];
+            if (weight != 0.0) gain += weight * (i == slot ? sums[m + 1] : sums[i]);
+        }
+        const double share = std::sqrt(std::min(residual / w.near, 1.0));
+        const double best = (w.relaxation_near + (w.relaxation_far - w.relaxation_near) * share) * relaxation *
+                            (predicted - gain) / (predicted - 2.0 * gain + sums[slot]);
+        if (std::isfinite(best)) relaxation = std::min(std::max(best, w.smallest_relaxation), w.largest_relaxation);
+    }
+    bool solved = finite && solve(w, s, filled, kept, alpha, &total);
+    if (w.adaptive) {
+        const double limit = residual > w.far ? w.drop_far * w.drop_far : w.drop_near * w.drop_near;
+        bool fewer = false;
+        for (int64_t i = 0; i < filled; ++i) {
+            near[i] = kept[i] && (i == slot || s.H[i * m + i] <= limit * sums[slot]);
+            fewer = fewer || (kept[i] && !near[i]);
+        }
+        double other[MAX_WINDOW], total_of_fewer = 0.0;
+        if (fewer && sums[slot] > w.unpredicted * w.unpredicted * predicted) {
+            const bool solved_too = solve(w, s, filled, near, other, &total_of_fewer);
+            if (total_of_fewer > w.promise * w.promise * total) {
+                solved = finite && solved_too;
+                total = total_of_fewer;
+                std::copy(other, other + filled, alpha);
+                std::copy(near, near + filled, kept);
+            }
+        }
+        for (int64_t i = 0; i < filled; ++i)
+            if (valid[i] && !kept[i]) s.row_residual[i] = -s.row_residual[i];
+    }
     const int64_t before = (slot + m - 1) % m;
     if (!solved) {
         // The plain damped step: from the newest row, or where f is not finite from the row before it.
         std::fill(alpha, alpha + filled, 0.0);
         const int64_t row = finite ? slot : before;
         if (row < filled && valid[row]) alpha[row] = 1.0;
+        s.tally[1] += 1;
     }
     for (int64_t i = 0; i < filled; ++i) s.weights[i] = static_cast<T>(alpha[i]);
-    if (w.adaptive) {
-        double combined = 0.0;
-        for (int64_t i = 0; i < filled; ++i)
-            for (int64_t j = 0; j < filled; ++j)
-                if (valid[i] && valid[j]) combined += alpha[i] * s.H[i * m + j] * alpha[j];
-        s.combined[(steps + 1) % 2] = std::max(combined, 0.0);
-    }
+    *factor = solved ? relaxation : 1.0;
+    double* const next = s.carried + 4 * ((steps + 1) % 2);
+    next[0] = solved ? 1.0 / total : std::numeric_limits<double>::infinity();
+    next[1] = relaxation;
+    next[2] = lowest;
+    next[3] = stalled;
     const bool recovers = before < filled && valid[before];
-    const bool stays = residual <= static_cast<T>(w.tol) || (!finite && !recovers);
-    if (stays) *s.frozen = 1;
-    return !stays;
+    if (rounded <= static_cast<T>(w.tol))
+        *s.outcome = CONVERGED;
+    else if (!finite && !recovers)
+        *s.outcome = NON_FINITE;
+    else if (w.patience > 0 && stalled >= static_cast<double>(w.patience) && lowest > w.far)
+        *s.outcome = DIVERGED;
+    return *s.outcome == 0;
 }
 
-// Launch 2: out = sum_i alpha_i y_i over elements [begin, end).
+// Launch 2: out = sum_i alpha_i (y_i + beta (factor - 1) g_i) over elements [begin, end).
 template <typename T, typename R>
-void mix(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled, int64_t begin, int64_t end) {
+void mix(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled, double factor, int64_t begin,
+         int64_t end) {
     // A row of no weight is not read: it may hold the NaN that took it out.
     const T* rows[MAX_WINDOW];
-    T a[MAX_WINDOW];
-    int64_t count = 0;
+    const R* residuals[MAX_WINDOW];
+    T a[MAX_WINDOW], longer[MAX_WINDOW];
+    int64_t count = 0, count_longer = 0;
     const bool large = beyond_the_caches<T>(w);
     T buffer[BLOCK];
     for (int64_t i = 0; i < filled; ++i)
         if (s.weights[i] != T(0)) {
             // With beta = 1 the newest row is f, which the caches still hold (unless f is written to here).
-            rows[count] =
-                i == slot && w.beta == 1.0 && !w.adaptive && s.f != s.out ? s.f : s.Y + i * w.stride;
+            rows[count] = i == slot && w.beta == 1.0 && s.f != s.out ? s.f : s.Y + i * w.stride;
             a[count++] = s.weights[i];
+            const T weight = static_cast<T>(w.beta * (factor - 1.0)) * s.weights[i];
+            if (weight == T(0)) continue;
+            residuals[count_longer] = s.G + i * w.stride;
+            longer[count_longer++] = weight;
         }
     for (int64_t at = begin; at < end; at += BLOCK) {
         const int64_t n = std::min(BLOCK, end - at);
         T* const out = s.out + at;
         T* o = large ? buffer : out;
-        for (int64_t i = 0; i < count; i += 4) {
-            const T* four[4];
-            const int64_t k = std::min<int64_t>(4, count - i);
-            for (int64_t q = 0; q < k; ++q) four[q] = rows[i + q] + at;
-            if (i == 0) {
-                if (k == 4) combine<4, true>(o, four, a, n);
-                if (k == 3) combine<3, true>(o, four, a, n);
-                if (k == 2) combine<2, true>(o, four, a, n);
-                if (k == 1) combine<1, true>(o, four, a, n);
-            } else {
-                if (k == 4) combine<4, false>(o, four, a + i, n);
-                if (k == 3) combine<3, false>(o, four, a + i, n);
-                if (k == 2) combine<2, false>(o, four, a + i, n);
-                if (k == 1) combine<1, false>(o, four, a + i, n);
-            }
-        }
+        combine_all<true>(o, rows, a, count, at, n);
+        combine_all<false>(o, residuals, longer, count_longer, at, n);
         if (large) stream(o, out, n);
     }
     if (large) streamed();
@@ -411,16 +443,17 @@ void step(const Window& w, const void* x, const void* f, void* out, const int64_
                 const Sample<T, R> s(w, row, index ? index[row] : row, x, f, out);
                 // A sample's own steps say which row of its ring is next.
                 const int64_t slot = *s.iterations % w.window, filled = std::min<int64_t>(*s.iterations + 1, w.window);
-                bool moves = !*s.frozen;
+                bool moves = !*s.outcome;
+                double factor = 1.0;
                 if (moves) {
                     std::fill(partial.begin(), partial.end(), 0.0);
                     for (int64_t p = 0; p < pieces; ++p)
                         push(w, s, slot, filled, p * PIECE, std::min(w.dim, (p + 1) * PIECE), &partial[p * width]);
                     add_pieces<T>(partial, pieces, width, sums.data());
-                    moves = finish(w, s, slot, filled, sums.data());
+                    moves = finish(w, s, slot, filled, sums.data(), &factor);
                 }
                 if (moves)
-                    mix(w, s, slot, filled, 0, w.dim);
+                    mix(w, s, slot, filled, factor, 0, w.dim);
                 else
                     keep(w, s);
             };
@@ -441,21 +474,22 @@ void step(const Window& w, const void* x, const void* f, void* out, const int64_
     for (int64_t row = 0; row < count; ++row) {
         const Sample<T, R> s(w, row, index ? index[row] : row, x, f, out);
         const int64_t slot = *s.iterations % w.window, filled = std::min<int64_t>(*s.iterations + 1, w.window);
-        bool moves = !*s.frozen;
+        bool moves = !*s.outcome;
+        double factor = 1.0;
         if (moves) {
             std::fill(partial.begin(), partial.end(), 0.0);
 #pragma omp parallel for num_threads(threads) schedule(static)
             for (int64_t p = 0; p < pieces; ++p)
                 push(w, s, slot, filled, p * PIECE, std::min(w.dim, (p + 1) * PIECE), &partial[p * width]);
             add_pieces<T>(partial, pieces, width, sums.data());
-            moves = finish(w, s, slot, filled, sums.data());
+            moves = finish(w, s, slot, filled, sums.data(), &factor);
         }
         if (!moves) {
             keep(w, s);
             continue;
         }
 #pragma omp parallel for num_threads(threads) schedule(static)
-        for (int64_t p = 0; p < pieces; ++p) mix(w, s, slot, filled, p * PIECE, std::min(w.dim, (p + 1) * PIECE));
+        for (int64_t p = 0; p < pieces; ++p) mix(w, s, slot, filled, factor, p * PIECE, std::min(w.dim, (p + 1) * PIECE));
     }
 }
 

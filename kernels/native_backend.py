@@ -24,16 +24,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .state import (
-    DROP_FAR,
-    DROP_NEAR,
-    FAR,
-    LARGEST_RELAXATION,
-    OVER_RELAXATION,
-    UNPREDICTED,
-    BackendName,
-    WindowState,
-)
+from . import state as rules
+from .state import BackendName, WindowState
 
 MAX_WINDOW = 64
 """Rows that the solve on the stack is built for."""
@@ -48,19 +40,24 @@ _SUFFIX = {torch.float32: "float", torch.float64: "double"}
 
 
 _TENSORS = (
-    *("G", "Y", "H", "row_residual", "weights", "residual", "frozen", "iterations"),
-    *("row_beta", "relaxation", "combined"),
+    *("G", "Y", "H", "row_residual", "weights", "residual", "outcome", "iterations"),
+    *("tally", "carried"),
 )
-_CONSTANTS = (OVER_RELAXATION, LARGEST_RELAXATION, FAR, DROP_FAR, DROP_NEAR, UNPREDICTED)
+_RULES = (
+    *("PROGRESS", "FAR", "RELAXATION_FAR", "RELAXATION_NEAR", "NEAR", "SMALLEST_RELAXATION", "LARGEST_RELAXATION"),
+    *("UNPREDICTED", "DROP_FAR", "DROP_NEAR", "PROMISE", "STALL", "BLOW"),
+)
+"""Constants of state.py, in the order of native.cpp."""
 
 
 class _Window(ctypes.Structure):
     """Mirrors ``struct Window`` of native.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "window", "dim", "stride", "scaled", "adaptive", "row_bytes")),
+        *((name, ctypes.c_int64) for name in ("batch", "window", "dim", "stride")),
+        *((name, ctypes.c_int64) for name in ("scaled", "adaptive", "patience", "row_bytes")),
         *((name, ctypes.c_double) for name in ("beta", "tol", "ridge")),
-        ("constants", ctypes.c_double * len(_CONSTANTS)),
+        ("rules", ctypes.c_double * len(_RULES)),
         *((name, ctypes.c_void_p) for name in _TENSORS),
     )
 
@@ -85,17 +82,10 @@ class NativeBackend:
             # The tensors of a state never move, so that their addresses are taken once.
             batch_size, window, dim = state.G.shape
             self._window = _Window(
-                *(
-                    batch_size,
-                    window,
-                    dim,
-                    state.stride,
-                    int(state.scaled),
-                    int(state.adaptive),
-                    state.G.element_size(),
-                ),
+                *(batch_size, window, dim, state.stride),
+                *(int(state.scaled), int(state.adaptive), state.patience, state.G.element_size()),
                 *(state.beta, state.tol, state.ridge),
-                (ctypes.c_double * len(_CONSTANTS))(*_CONSTANTS),
+                (ctypes.c_double * len(_RULES))(*(getattr(rules, name) for name in _RULES)),
                 *(getattr(state, name).data_ptr() for name in _TENSORS),
             )
         function = getattr(self._library, f"anderson_step_{_SUFFIX[x.dtype]}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -29,23 +31,75 @@ def residual_of_norms(g_norm: Tensor, f_norm: Tensor, dtype: torch.dtype) -> Ten
     return torch.where(finite, ratio.clamp(max=torch.finfo(dtype).max), torch.nan).to(dtype)
 
 
-FIRST_RELAXATION = 1.25
-"""Adaptive windows: beta's factor before anything is known."""
+class Outcome(IntEnum):
+    """How a sample's solve ended; a window tells the first four apart while it runs."""
 
-OVER_RELAXATION = 1.5
-"""Adaptive windows: beta's factor is drawn towards this multiple of the one that would have been best along the last
-combined residual, ``r <A - B> / <A - 2 B + C>`` with A = ||g_bar||^2, B = g_bar . g, C = ||g||^2."""
+    MAX_ITER = 0
+    """It would have gone on (in a window: it still moves)."""
+    CONVERGED = 1
+    """Its relative residual is at most tol."""
+    NON_FINITE = 2
+    """f was NaN or infinite twice in a row, or at the first time with nothing to step back to."""
+    DIVERGED = 3
+    """Its relative residual stayed above :data:`FAR` and did not fall by a twentieth for ``patience`` steps."""
+    STAGNATED = 4
+    """It would have gone on, but its relative residual had not fallen by a twentieth for 20 steps."""
+    MEAN_MET = 5
+    """Its own relative residual is above tol, but the mean over the batch is not, and that was the test."""
 
-LARGEST_RELAXATION = 2.0
-"""Adaptive windows: beta's factor stays between 1 and this."""
 
-FAR, DROP_FAR, DROP_NEAR = 0.1, 2.0, 5.0
-"""Adaptive windows: a row leaves for good once its norm is above DROP_FAR times the newest (DROP_NEAR where the
-relative residual is at most FAR): the map has another slope where it was taken ..."""
+PROGRESS = 0.95
+"""A residual below this times the lowest before counts as progress."""
 
-UNPREDICTED = 0.7
-"""... but only in a step whose residual is above this times that of the combined rows: where the map is affine and
-contracts fast enough, old rows are as good as new ones."""
+FAR = 0.1
+"""Relative residual above which a sample without progress is taken to diverge. Where trained cells stall for long and
+then go on, they do it below 0.05."""
+
+PATIENCE = 20
+"""Steps without progress after which a sample that is far from a solution is given up."""
+
+# Adaptive windows; what each rule bought is in benchmarks/README.md. With g_bar = sum alpha_i g_i of the last step:
+
+RELAXATION_FAR, RELAXATION_NEAR, NEAR = 1.5, 1.0, 1e-2
+"""beta is multiplied by a factor r that is this many times the one that would have been best along the last step,
+``r (A - B) / (A - 2 B + C)`` with A = ||g_bar||^2, B = g_bar . g, C = ||g||^2: RELAXATION_NEAR as the relative residual
+goes to zero, RELAXATION_FAR from NEAR upwards, with its square root in between. Far from the solution, where the map
+bends, longer steps tell more of it."""
+
+SMALLEST_RELAXATION, LARGEST_RELAXATION = 0.7, 2.0
+"""Where r is clamped."""
+
+UNPREDICTED = 0.85
+"""Rows are only dropped in a step with ||g|| above this times ||g_bar|| ..."""
+
+DROP_FAR, DROP_NEAR = 2.0, 5.0
+"""... those whose norm is above DROP_FAR times the newest (DROP_NEAR where the relative residual is at most FAR) ..."""
+
+PROMISE = 0.65
+"""... and only if without them ||sum alpha_i g_i|| stays below 1 / PROMISE times what it is with them. A map that bends
+between there and here makes their promise worthless; where it is affine, they promise, and keep, much more."""
+
+STALL = 8
+"""Steps without progress after which forward steps are taken, until there is progress or the residual is above BLOW
+times the lowest. A minimum of ||g|| which is no solution holds Anderson's method; forward iteration drifts past it."""
+
+BLOW = 2.0
+
+
+class Carried(IntEnum):
+    """Columns of what a step hands to the next, :attr:`WindowState.carried`."""
+
+    PREDICTED = 0
+    """||sum alpha_i g_i||^2 of the last step, with the ridge's part; infinite before the first."""
+    RELAXATION = 1
+    """What ``beta`` was multiplied by."""
+    LOWEST = 2
+    """The relative residual that counted as progress last."""
+    STALLED = 3
+    """Steps since then."""
+
+
+FIRST_CARRIED = (math.inf, 1.0, math.inf, 0.0)
 
 
 @dataclass
@@ -53,7 +107,7 @@ class WindowState:
     """Ring buffers over the last m iterations of B samples, each of d elements.
 
     Row i of ``G``, ``Y``, ``H`` and ``row_residual`` belongs to the same iteration. A row takes part in the
-    least-squares problem if and only if its ``row_residual`` is finite.
+    least-squares problem if and only if its ``row_residual`` is finite and at least 0.
     """
 
     G: Tensor
@@ -64,26 +118,27 @@ class WindowState:
     H: Tensor
     """(B, m, m) float64 Gram matrix of G; row and column i hold for filled rows."""
     row_residual: Tensor
-    """(B, m) relative residual of each row; inf where the row is empty or not finite."""
+    """(B, m) relative residual of each row; inf where the row is empty or not finite, negative where it was dropped."""
     weights: Tensor
     """(B, m) the last alpha, in ring order."""
     residual: Tensor
     """(B,) relative residual of the last x given; frozen samples keep theirs."""
-    frozen: Tensor
-    """(B,) bool: converged to ``tol``, or given up because f is not finite there."""
+    outcome: Tensor
+    """(B,) uint8: an :class:`Outcome`; a sample where it is not 0 is frozen."""
     iterations: Tensor
     """(B,) int32: steps that each sample took before it froze, the last one included. The ring of a sample that took
     k steps has rows 0 to min(k, m) - 1 filled, and its next row goes to k mod m."""
-    row_beta: Tensor
-    """(B, m) the mixing parameter of each row of Y."""
-    relaxation: Tensor
-    """(B,) float64: what ``beta`` is multiplied by in the next row; 1 unless ``adaptive``."""
-    combined: Tensor
-    """(B, 2) float64: ||sum_i alpha_i g_i||^2 of the last step, which column k mod 2 holds after k steps (``adaptive``
-    alone). Two, so that no program of a launch reads what another one writes."""
+    tally: Tensor
+    """(B, 2) int32: how often forward steps began because there was no progress, and steps that fell back to a plain
+    damped one because the system could not be solved or f was not finite."""
+    carried: Tensor
+    """(B, 2, 4) float64: what the last step hands on, see :class:`Carried`, in plane k mod 2 after k steps. Two planes,
+    so that no program of a launch reads what another one writes."""
     beta: float
     adaptive: bool
-    """Drop rows that no longer fit, and let ``relaxation`` follow the gain: see the constants above."""
+    """Follow the rules above; without them r is 1, and no row is dropped."""
+    patience: int
+    """Steps without progress after which a sample above FAR is given up; 0 never does."""
     tol: float
     """Freeze a sample at residual <= tol; a negative tol never freezes a finite one."""
     ridge: float

@@ -12,13 +12,21 @@ import torch
 from torch import Tensor
 
 from .state import (
+    BLOW,
     DROP_FAR,
     DROP_NEAR,
     FAR,
     LARGEST_RELAXATION,
-    OVER_RELAXATION,
+    NEAR,
+    PROGRESS,
+    PROMISE,
+    RELAXATION_FAR,
+    RELAXATION_NEAR,
+    SMALLEST_RELAXATION,
+    STALL,
     UNPREDICTED,
     BackendName,
+    Outcome,
     WindowState,
     accumulator_dtype,
     residual_of_norms,
@@ -35,7 +43,7 @@ class TorchBackend:
 
     def step(self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, index: Tensor | None) -> None:
         samples = torch.arange(len(x), device=x.device) if index is None else index
-        moving = ~state.frozen[samples]
+        moving = state.outcome[samples] == 0
         if bool(moving.all()):
             _advance(state, samples, x, fx, out, whole=index is None)
             return
@@ -99,13 +107,7 @@ def _advance(state: WindowState, samples: Tensor, x: Tensor, fx: Tensor, out: Te
     residual = residual_of_norms(g_norm, f_norm, state.residual.dtype)
     finite = torch.isfinite(residual)
     # y = x + beta g written so that beta = 1 stores f itself, without rounding.
-    if state.adaptive:
-        beta = state.beta * state.relaxation[samples]
-        state.row_beta[samples, slot] = beta.to(state.row_beta.dtype)
-        dtype = accumulator_dtype(fx.dtype)
-        y = torch.addcmul(fx.to(dtype), g.to(dtype), (1.0 - beta).to(dtype)[:, None], value=-1).to(fx.dtype)
-    else:
-        y = torch.sub(fx, g, alpha=1.0 - state.beta)
+    y = torch.sub(fx, g, alpha=1.0 - state.beta)
     if not bool(finite.all()):
         # 0 * NaN is NaN: rows that do not take part must not hold one.
         g[~finite], y[~finite] = 0, 0
@@ -127,81 +129,111 @@ def _advance(state: WindowState, samples: Tensor, x: Tensor, fx: Tensor, out: Te
     H[line, :rows, slot] = h
     state.H[samples] = H
     state.row_residual[samples, slot] = torch.where(finite, residual, torch.inf)
-    if state.adaptive:
-        _adapt(state, samples, H, slot, residual, steps, outlived)
     state.residual[samples] = residual
     state.iterations[samples] += 1
 
-    alpha, stays = _weights(state, samples, H[:, :rows, :rows], in_use, slot, finite)
-    if state.adaptive:
-        valid = (in_use & (state.row_residual[samples, :rows] < torch.inf)).double()
-        taking_part = torch.where(valid[:, :, None] * valid[:, None] > 0, H[:, :rows, :rows], 0.0)
-        combined = torch.einsum("ni,nij,nj->n", alpha.double(), taking_part, alpha.double())
-        state.combined[samples, (steps + 1) % 2] = combined.clamp(min=0)
+    last = state.weights[samples, :rows].double()
+    products = h.scatter(1, slot[:, None], outlived[:, None])
+    gain = torch.where(last != 0, last * products, 0.0).sum(dim=1)
+    alpha, relaxation, stays = _weigh(state, samples, H[:, :rows, :rows], in_use, slot, steps, finite, gain)
     state.weights[samples, :rows] = torch.where(in_use, alpha, state.weights[samples, :rows])
-    state.frozen[samples] = stays
     # One path for all cases, so that a sample's bits do not depend on what its neighbours do.
-    mixed_rows = state.Y[:, :rows] if whole else state.Y[samples, :rows]
-    unused = alpha == 0
-    if bool(unused.any()):
-        # 0 * NaN is NaN, and a row that was never written may hold one.
-        mixed_rows = torch.where(unused[:, :, None], 0, mixed_rows)
-    mixed = torch.bmm(alpha[:, None], mixed_rows.to(alpha.dtype)).squeeze(1)
+    mixed = _combine(alpha, state.Y[:, :rows] if whole else state.Y[samples, :rows])
+    longer = alpha * (state.beta * (relaxation - 1.0)).to(alpha.dtype)[:, None]
+    if bool(longer.any()):
+        mixed += _combine(longer, state.G[:, :rows] if whole else state.G[samples, :rows])
     torch.where(stays[:, None], x, mixed.to(out.dtype), out=out)
 
 
-def _adapt(
+def _combine(weights: Tensor, rows: Tensor) -> Tensor:
+    """``sum_i weights_i rows_i``: (n, rows), (n, rows, d) -> (n, d)."""
+    unused = weights == 0
+    if bool(unused.any()):
+        # 0 * NaN is NaN, and a row that was never written may hold one.
+        rows = torch.where(unused[:, :, None], 0, rows)
+    return torch.bmm(weights[:, None], rows.to(weights.dtype)).squeeze(1)
+
+
+def _weigh(
     state: WindowState,
     samples: Tensor,
     H: Tensor,
+    in_use: Tensor,
     slot: Tensor,
-    residual: Tensor,
     steps: Tensor,
-    outlived: Tensor,
-) -> None:
-    """The rules of an adaptive window (state.py), once the newest row of H, (n, m, m), is there.
+    finite: Tensor,
+    gain: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights alpha, (n, rows), what beta is multiplied by, (n,), and which samples stay where they are, (n,) bool.
 
-    Rows that no longer fit leave, and the next row's mixing parameter follows the gain of the last step, whose weights
-    ``state.weights`` still are. outlived: (n,) float64, g . (the row that g takes the place of).
+    H: (n, rows, rows), its newest row included; gain: (n,) float64, g . (the combined residual of the last step). Keeps
+    the books, those of the rows excepted.
     """
-    line = torch.arange(len(samples), device=H.device)
-    diagonal = torch.diagonal(H, dim1=1, dim2=2)
-    newest, combined = diagonal[line, slot], state.combined[samples, steps % 2]
-    limit = torch.where(residual > FAR, DROP_FAR, DROP_NEAR).double()
-    unpredicted = torch.isfinite(residual) & (newest > UNPREDICTED**2 * combined)
-    dropped = unpredicted[:, None] & (diagonal > limit.square()[:, None] * newest[:, None])
-    in_use = torch.arange(state.window, device=H.device) <= steps[:, None]
-    row_residual = state.row_residual[samples]
-    state.row_residual[samples] = torch.where(dropped & in_use, torch.inf, row_residual)
-
-    weights = state.weights[samples].double()
-    products = H[line, slot].scatter(1, slot[:, None], outlived[:, None])
-    product = torch.where(weights != 0, weights * products, 0.0).sum(dim=1)
-    relaxation = state.relaxation[samples]
-    best = OVER_RELAXATION * relaxation * (combined - product) / (combined - 2 * product + newest)
-    follows = (relaxation * best.clamp(1.0, LARGEST_RELAXATION)).sqrt()
-    state.relaxation[samples] = torch.where(torch.isfinite(best), follows, relaxation)
-
-
-def _weights(
-    state: WindowState, samples: Tensor, H: Tensor, in_use: Tensor, slot: Tensor, finite: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The m x m systems: alpha, (n, rows), and which samples stay where they are, (n,) bool. H: (n, rows, rows)."""
     rows = H.shape[1]
-    valid = in_use & (state.row_residual[samples, :rows] < torch.inf)
+    row = torch.arange(rows, device=H.device)
+    newest = row == slot[:, None]
+    residual = state.residual[samples].double()
+    carried = state.carried[samples, steps % 2]
+    predicted, relaxation, lowest, stalled = carried.unbind(dim=1)
+
+    progress = residual < PROGRESS * lowest
+    lowest, stalled = torch.where(progress, residual, lowest), torch.where(progress, 0.0, stalled + 1)
+    row_residual = state.row_residual[samples, :rows]
+    valid = in_use & (row_residual >= 0) & (row_residual < torch.inf)
+    kept = valid
+    if state.adaptive:
+        blown = (stalled >= STALL) & (residual > BLOW * lowest)
+        lowest, stalled = torch.where(blown, residual, lowest), torch.where(blown, 0.0, stalled)
+        forward = (stalled >= STALL) & finite
+        state.tally[samples, 0] += (stalled == STALL).int()
+        kept = valid & (newest | ~forward[:, None])
+
+        diagonal = torch.diagonal(H, dim1=1, dim2=2)
+        squared = torch.where(newest, diagonal, 0.0).sum(dim=1)
+        factor = RELAXATION_NEAR + (RELAXATION_FAR - RELAXATION_NEAR) * (residual / NEAR).clamp(max=1.0).sqrt()
+        best = factor * relaxation * (predicted - gain) / (predicted - 2 * gain + squared)
+        follows = best.clamp(SMALLEST_RELAXATION, LARGEST_RELAXATION)
+        relaxation = torch.where(torch.isfinite(best), follows, relaxation)
+
+        limit = torch.where(residual > FAR, DROP_FAR**2, DROP_NEAR**2)
+        near = kept & (newest | (diagonal <= (limit * squared)[:, None]))
+        alpha, total = _solve(state, H, kept)
+        fewer, total_of_fewer = _solve(state, H, near)
+        drops = (squared > UNPREDICTED**2 * predicted) & (total_of_fewer > PROMISE**2 * total)
+        drops &= (near != kept).any(dim=1)
+        alpha = torch.where(drops[:, None], fewer, alpha)
+        total = torch.where(drops, total_of_fewer, total)
+        kept = torch.where(drops[:, None], near, kept)
+        state.row_residual[samples, :rows] = torch.where(valid & ~kept, -row_residual, row_residual)
+    else:
+        alpha, total = _solve(state, H, kept)
+
+    # Fallbacks, for the sample concerned alone. A system that cannot be solved: the plain damped step from the
+    # newest row. A newest row that is not finite: the plain damped step from the row before it.
+    solved = torch.isfinite(alpha).all(dim=1) & finite
+    alpha = torch.where(solved[:, None], alpha, newest.to(alpha.dtype))
+    before = (row == ((slot - 1) % state.window)[:, None]) & valid
+    alpha = torch.where(finite[:, None], alpha, before.to(alpha.dtype)).to(state.weights.dtype)
+    state.tally[samples, 1] += (~solved).int()
+    state.carried[samples, (steps + 1) % 2] = torch.stack(
+        [torch.where(solved, 1.0 / total, torch.inf), relaxation, lowest, stalled], dim=1
+    )
+    outcome = torch.zeros_like(state.outcome[samples])
+    if state.patience:
+        outcome[(stalled >= state.patience) & (lowest > FAR)] = Outcome.DIVERGED
+    outcome[~finite & ~before.any(dim=1)] = Outcome.NON_FINITE
+    outcome[state.residual[samples] <= state.tol] = Outcome.CONVERGED
+    state.outcome[samples] = outcome
+    return alpha, torch.where(solved, relaxation, 1.0), outcome != 0
+
+
+def _solve(state: WindowState, H: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """The m x m systems over the valid rows, (n, rows) bool: alpha, (n, rows), 0 on other rows, and 1 / min, (n,)."""
     diagonal = torch.diagonal(H, dim1=1, dim2=2)
     S = torch.where(valid, diagonal.rsqrt() if state.scaled else torch.ones_like(diagonal), 0.0)
     A = torch.where(valid[:, :, None] & valid[:, None, :], S[:, :, None] * H * S[:, None, :], 0.0)
     # A row that takes no part gets a one on the diagonal and a zero on the right: its weight is zero.
     A.diagonal(dim1=1, dim2=2).add_(torch.where(valid, state.ridge, 1.0))
     w = S * torch.linalg.solve_ex(A, S).result
-    alpha = w / w.sum(dim=1, keepdim=True)
-
-    # Fallbacks, for the sample concerned alone. A system that cannot be solved: the plain damped step from the
-    # newest row. A newest row that is not finite: the plain damped step from the row before it.
-    row = torch.arange(rows, device=H.device)
-    newest = (row == slot[:, None]).to(alpha.dtype)
-    alpha = torch.where(torch.isfinite(alpha).all(dim=1, keepdim=True), alpha, newest)
-    before = (row == ((slot - 1) % state.window)[:, None]) & valid
-    alpha = torch.where(finite[:, None], alpha, before.to(alpha.dtype)).to(state.weights.dtype)
-    return alpha, (state.residual[samples] <= state.tol) | (~finite & ~before.any(dim=1))
+    total = w.sum(dim=1)
+    return w / total[:, None], total

@@ -7,7 +7,8 @@ Launch 2, ``_mix``:  finish the row, solve m x m in registers, mix, and keep the
 the two where a sample has so many partial sums that reading them in every program of ``_mix`` would cost traffic.
 
 Traffic per element of the state: launch 1 reads x, f and m - 1 rows of G and writes one row of G and of Y; launch 2
-reads m rows of Y and writes x_next: 2m + 4 in all (``_update`` keeps the newest y: 2m + 3). Partial sums are added in
+reads m rows of Y and writes x_next: 2m + 4 in all (``_update`` keeps the newest y: 2m + 3). An adaptive window reads
+one row of G more in launch 1, and all m in launch 2: 3m + 5 (``_update``: 3m + 3). Partial sums are added in
 one fixed order and no atomics are used, so the same input gives the same bits. Every program first looks whether its
 sample is frozen; if so it leaves without touching the history. The row to write is counted on the device, sample by
 sample: every iteration is the same launch, which a CUDA graph can replay.
@@ -24,13 +25,21 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from .launch import device_key, fused_dim, fused_shape, split_shape, warp_size
 from .state import (
+    BLOW,
     DROP_FAR,
     DROP_NEAR,
     FAR,
     LARGEST_RELAXATION,
-    OVER_RELAXATION,
+    NEAR,
+    PROGRESS,
+    PROMISE,
+    RELAXATION_FAR,
+    RELAXATION_NEAR,
+    SMALLEST_RELAXATION,
+    STALL,
     UNPREDICTED,
     BackendName,
+    Outcome,
     WindowState,
     accumulator_dtype,
     on_device,
@@ -48,26 +57,31 @@ _REDUCE_BLOCKS = 128
 would be more than a tenth of what such a program reads at m = 5."""
 
 
-_FAR, _UNPREDICTED_SQUARED = tl.constexpr(FAR), tl.constexpr(UNPREDICTED**2)
+_FAR, _PROGRESS, _STALL, _BLOW = (tl.constexpr(value) for value in (FAR, PROGRESS, STALL, BLOW))
+_UNPREDICTED_SQUARED, _PROMISE_SQUARED = tl.constexpr(UNPREDICTED**2), tl.constexpr(PROMISE**2)
 _DROP_FAR_SQUARED, _DROP_NEAR_SQUARED = tl.constexpr(DROP_FAR**2), tl.constexpr(DROP_NEAR**2)
-_OVER_RELAXATION, _LARGEST_RELAXATION = tl.constexpr(OVER_RELAXATION), tl.constexpr(LARGEST_RELAXATION)
+_RELAXATION_NEAR, _RELAXATION_BEYOND = tl.constexpr(RELAXATION_NEAR), tl.constexpr(RELAXATION_FAR - RELAXATION_NEAR)
+_NEAR = tl.constexpr(NEAR)
+_SMALLEST_RELAXATION, _LARGEST_RELAXATION = tl.constexpr(SMALLEST_RELAXATION), tl.constexpr(LARGEST_RELAXATION)
+_CONVERGED, _NON_FINITE = tl.constexpr(int(Outcome.CONVERGED)), tl.constexpr(int(Outcome.NON_FINITE))
+_DIVERGED = tl.constexpr(int(Outcome.DIVERGED))
 
 
 @triton.jit
-def _row_beta(beta, relaxation_ptr, sample, ADAPTIVE: tl.constexpr):
-    """The mixing parameter of the row that is pushed now: () float64."""
-    return (
-        tl.full((), beta, tl.float64) * tl.load(relaxation_ptr + sample) if ADAPTIVE else tl.full((), beta, tl.float64)
-    )
+def _weighted(product, weight_ptr):
+    """alpha_i times a product with g_i: 0 where there is no weight, whatever the row holds: () float64."""
+    weight = tl.load(weight_ptr).to(tl.float64)
+    return tl.where(weight != 0.0, weight * product, 0.0)
 
 
 @triton.jit
-def _outlived(g, old_row, element, steps, stride, WINDOW: tl.constexpr):
-    """g . (the row that g will take the place of), 0 where there is none: () float64."""
-    old = tl.load(old_row, mask=element < tl.where(steps >= WINDOW, stride, 0), other=0.0)
+def _product_with_last(g, weight_ptr, old_row, element, stride):
+    """alpha_i g . g_i for the row that g takes the place of: () float64."""
+    weight = tl.load(weight_ptr)
+    old = tl.load(old_row, mask=element < tl.where(weight != 0.0, stride, 0), other=0.0)
     # It may not be written over before all threads have read it.
     tl.debug_barrier()
-    return tl.sum(g.to(tl.float64) * old.to(tl.float64), axis=0)
+    return _weighted(tl.sum(g.to(tl.float64) * old.to(tl.float64), axis=0), weight_ptr)
 
 
 @triton.jit
@@ -77,11 +91,10 @@ def _push(
     G_ptr,
     Y_ptr,
     partial_ptr,
-    frozen_ptr,
+    outcome_ptr,
     iterations_ptr,
     pushed_ptr,
-    relaxation_ptr,
-    row_beta_ptr,
+    weights_ptr,
     index_ptr,
     beta: tl.float64,
     dim,
@@ -95,7 +108,8 @@ def _push(
     BLOCK: tl.constexpr,
 ):
     """One program: BLOCK elements of one sample. partial: (n, blocks, WINDOW + 2), the columns after the rows' for
-    ||f||^2 and, where the window is adaptive and full, for g . (the row that g takes the place of).
+    ||f||^2 and, where the window is adaptive, for g . (the combined residual of the last step), whose weights are still
+    there: ``_mix`` writes the next.
 
     Row ``row`` of x and f belongs to sample index[row] of the window, or to sample ``row`` where it is not INDEXED.
     ``iterations`` is read here and written by ``_mix``, ``pushed`` the other way round: no program can read a count
@@ -106,7 +120,7 @@ def _push(
     sample = tl.load(index_ptr + position) if INDEXED else position
     block = program % blocks
     steps = tl.load(iterations_ptr + sample)
-    if tl.load(frozen_ptr + sample) != 0:
+    if tl.load(outcome_ptr + sample) != 0:
         return
     if block == 0:
         tl.store(pushed_ptr + sample, steps)
@@ -124,13 +138,11 @@ def _push(
     first_row = sample * WINDOW
     new_row = (first_row + slot) * stride + element
     out = partial_ptr + program.to(tl.int64) * (WINDOW + 2)
-    here_beta = _row_beta(beta, relaxation_ptr, sample, ADAPTIVE)
+    gain = tl.zeros((), tl.float64)
     if ADAPTIVE:
-        tl.store(out + WINDOW + 1, _outlived(g, G_ptr + new_row, element, steps, stride, WINDOW))
-        if block == 0:
-            tl.store(row_beta_ptr + sample * WINDOW + slot, here_beta.to(ACCUMULATOR))
+        gain += _product_with_last(g, weights_ptr + sample * WINDOW + slot, G_ptr + new_row, element, stride)
     tl.store(G_ptr + new_row, g_stored, mask=held)
-    y = f if UNDAMPED else f - (1.0 - here_beta).to(ACCUMULATOR) * g
+    y = f if UNDAMPED else f - tl.full((), 1.0 - beta, ACCUMULATOR) * g
     tl.store(Y_ptr + new_row, y.to(Y_ptr.dtype.element_ty), mask=held)
 
     for row in tl.static_range(WINDOW):
@@ -140,8 +152,13 @@ def _push(
                 tl.store(out + row, tl.sum(g.to(tl.float64) * g.to(tl.float64), axis=0))
             else:
                 other = tl.load(G_ptr + (first_row + row) * stride + element, mask=held, other=0.0)
-                tl.store(out + row, tl.sum(g.to(tl.float64) * other.to(tl.float64), axis=0))
+                product = tl.sum(g.to(tl.float64) * other.to(tl.float64), axis=0)
+                tl.store(out + row, product)
+                if ADAPTIVE:
+                    gain += _weighted(product, weights_ptr + sample * WINDOW + row)
     tl.store(out + WINDOW, tl.sum(f.to(tl.float64) * f.to(tl.float64), axis=0))
+    if ADAPTIVE:
+        tl.store(out + WINDOW + 1, gain)
 
 
 @triton.jit
@@ -155,10 +172,10 @@ def _add_up(
     ADAPTIVE: tl.constexpr,
     FINISH_BLOCKS: tl.constexpr,
 ):
-    """The new Gram row, ||f||^2 and the outlived product of one sample, in one order: (ROWS,), () and () float64."""
+    """The new Gram row, ||f||^2 and the product with the last combined residual of one sample, in one order: (ROWS,), () and () float64."""
     h = tl.zeros((ROWS,), tl.float64)
     f_squared = tl.zeros((), tl.float64)
-    outlived = tl.zeros((), tl.float64)
+    gain = tl.zeros((), tl.float64)
     first = 0
     while first < blocks:
         part = first + tl.arange(0, FINISH_BLOCKS)
@@ -167,15 +184,15 @@ def _add_up(
         h += tl.sum(tile, axis=0)
         f_squared += tl.sum(tl.load(line + WINDOW, mask=part < blocks, other=0.0), axis=0)
         if ADAPTIVE:
-            outlived += tl.sum(tl.load(line + WINDOW + 1, mask=part < blocks, other=0.0), axis=0)
+            gain += tl.sum(tl.load(line + WINDOW + 1, mask=part < blocks, other=0.0), axis=0)
         first += FINISH_BLOCKS
-    return h, f_squared, outlived
+    return h, f_squared, gain
 
 
 @triton.jit
 def _reduce(
     partial_ptr,
-    frozen_ptr,
+    outcome_ptr,
     pushed_ptr,
     index_ptr,
     blocks,
@@ -188,29 +205,31 @@ def _reduce(
     """One program: all partial sums of one sample, added up into the first of them."""
     position = tl.program_id(0).to(tl.int64)
     sample = tl.load(index_ptr + position) if INDEXED else position
-    if tl.load(frozen_ptr + sample) != 0:
+    if tl.load(outcome_ptr + sample) != 0:
         return
     row = tl.arange(0, ROWS)
     in_use = (row <= tl.load(pushed_ptr + sample)) & (row < WINDOW)
     partial = partial_ptr + position * blocks * (WINDOW + 2)
-    h, f_squared, outlived = _add_up(partial, row, in_use, blocks, WINDOW, ROWS, ADAPTIVE, FINISH_BLOCKS)
+    h, f_squared, gain = _add_up(partial, row, in_use, blocks, WINDOW, ROWS, ADAPTIVE, FINISH_BLOCKS)
     tl.debug_barrier()
     tl.store(partial + row, h, mask=in_use)
     tl.store(partial + WINDOW, f_squared)
     if ADAPTIVE:
-        tl.store(partial + WINDOW + 1, outlived)
+        tl.store(partial + WINDOW + 1, gain)
 
 
 @triton.jit
 def _solve(H, S, valid, ridge, WINDOW: tl.constexpr, ROWS: tl.constexpr):
     """alpha of min || sum alpha_i g_i ||^2, sum alpha_i = 1, over valid rows: Gauss-Jordan on (S H S + ridge I) w = S.
 
-    H: (ROWS, ROWS) float64, S: (ROWS,) float64, valid: (ROWS,) bool; alpha: (ROWS,) float64, 0 on other rows. The
-    matrix is symmetric positive definite, so that no pivoting is needed.
+    H: (ROWS, ROWS) float64, S: (ROWS,) float64, valid: (ROWS,) bool; alpha: (ROWS,) float64, 0 on other rows, and
+    1 / the minimum (with the ridge's part), (). The matrix is symmetric positive definite, so that no pivoting is
+    needed.
     """
     row = tl.arange(0, ROWS)
     both = valid[:, None] & valid[None, :]
     diagonal = row[:, None] == row[None, :]
+    S = tl.where(valid, S, 0.0)
     A = tl.where(both, S[:, None] * H * S[None, :], 0.0)
     A += tl.where(diagonal, tl.where(valid, ridge, 1.0)[:, None], 0.0)
     w = S
@@ -223,20 +242,24 @@ def _solve(H, S, valid, ridge, WINDOW: tl.constexpr, ROWS: tl.constexpr):
         A -= factor[:, None] * pivot_row[None, :]
         w -= factor * pivot_w
     w = S * w / tl.sum(tl.where(diagonal, A, 0.0), axis=1)
-    return tl.where(valid, w / tl.sum(w, axis=0), 0.0)
+    total = tl.sum(w, axis=0)
+    return tl.where(valid, w / total, 0.0), total
 
 
 @triton.jit
 def _weigh(
     h,
     f_squared,
+    gain,
     sample,
     steps,
     H_ptr,
     row_residual_ptr,
-    combined_ptr,
+    carried_ptr,
+    beta: tl.float64,
     tol: tl.float64,
     ridge: tl.float64,
+    patience,
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
     SCALED: tl.constexpr,
@@ -245,8 +268,12 @@ def _weigh(
     LARGEST: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
 ):
-    """From the new Gram row to the weights: (alpha (ROWS,), residual (), row residuals (ROWS,), stays () bool,
-    ||sum alpha_i g_i||^2 () float64 where ADAPTIVE)."""
+    """From the new Gram row to the weights: (alpha (ROWS,), beta (r - 1) (), residual (), row residuals (ROWS,),
+    outcome () int, what the next step is told (predicted, relaxation, lowest, stalled), whether the system was solved).
+
+    Every program of a sample finds the same, whether the first has already written what it found or not: ``carried`` is
+    read in one plane and written in the other, and a row that was dropped stays dropped.
+    """
     row = tl.arange(0, ROWS)
     slot = steps % WINDOW
     in_use = (row <= steps) & (row < WINDOW)
@@ -259,42 +286,74 @@ def _weigh(
     residual = tl.where(finite, tl.where(ratio < LARGEST, ratio, LARGEST), float("nan")).to(ACCUMULATOR)
     converged = residual <= tl.full((), tol, ACCUMULATOR)
 
+    carried = carried_ptr + (sample * 2 + steps % 2) * 4
+    relaxation = tl.load(carried + 1)
+    lowest = tl.load(carried + 2)
+    stalled = tl.load(carried + 3)
+    wide_residual = residual.to(tl.float64)
+    progress = wide_residual < lowest * _PROGRESS
+    lowest = tl.where(progress, wide_residual, lowest)
+    stalled = tl.where(progress, 0.0, stalled + 1.0)
+
     entry = tl.where(finite, residual, infinity)
     row_residual = tl.load(row_residual_ptr + sample * WINDOW + row, mask=in_use, other=infinity)
     row_residual = tl.where(newest, entry, row_residual)
+    valid = (row_residual >= 0.0) & (row_residual < infinity)
     H_here = H_ptr + sample * WINDOW * WINDOW
     old = tl.load(H_here + row[:, None] * WINDOW + row[None, :], mask=in_use[:, None] & in_use[None, :], other=0.0)
     H = tl.where(newest[:, None], h[None, :], tl.where(newest[None, :], h[:, None], old))
     H_diagonal = tl.sum(tl.where(row[:, None] == row[None, :], H, 0.0), axis=1)
-    if ADAPTIVE:
-        # Every program of the sample finds the same, whether the first has already written what it found or not.
-        combined = tl.load(combined_ptr + sample * 2 + steps % 2)
-        near = tl.full((), _DROP_NEAR_SQUARED, tl.float64)
-        limit = tl.where(residual > _FAR, tl.full((), _DROP_FAR_SQUARED, tl.float64), near)
-        unpredicted = finite & (g_squared > combined * _UNPREDICTED_SQUARED)
-        largest = tl.where(unpredicted, limit * g_squared, infinity)
-        too_large = tl.where(newest, 0.0, H_diagonal) > largest
-        row_residual = tl.where(too_large, infinity, row_residual)
-    valid = row_residual < infinity
+    S = tl.full((ROWS,), 1.0, tl.float64)
     if SCALED:
-        S = tl.where(valid, 1.0 / tl.sqrt(H_diagonal), 0.0)
+        S = 1.0 / tl.sqrt(H_diagonal)
+    wide_ridge = tl.full((), ridge, tl.float64)
+    longer = tl.zeros((), ACCUMULATOR)
+    if ADAPTIVE:
+        blown = (stalled >= _STALL) & (wide_residual > lowest * _BLOW)
+        lowest = tl.where(blown, wide_residual, lowest)
+        stalled = tl.where(blown, 0.0, stalled)
+        forward = (stalled >= _STALL) & finite
+        kept = valid & (newest | (forward == 0))
+
+        predicted = tl.load(carried)
+        near_share = tl.sqrt(tl.minimum(wide_residual / _NEAR, 1.0))
+        best = (_RELAXATION_NEAR + near_share * _RELAXATION_BEYOND) * relaxation
+        best = best * (predicted - gain) / (predicted - 2.0 * gain + g_squared)
+        follows = tl.minimum(tl.maximum(best, _SMALLEST_RELAXATION), _LARGEST_RELAXATION)
+        relaxation = tl.where(tl.abs(best) < infinity, follows, relaxation)
+
+        limit = tl.where(residual > _FAR, tl.full((), _DROP_FAR_SQUARED, tl.float64), _DROP_NEAR_SQUARED)
+        near = kept & (newest | (H_diagonal <= limit * g_squared))
+        unpredicted = g_squared > predicted * _UNPREDICTED_SQUARED
+        fewer = unpredicted & (tl.sum(tl.where(kept & (near == 0), 1, 0), axis=0) > 0)
+        alpha = tl.zeros((ROWS,), tl.float64)
+        total = tl.zeros((), tl.float64)
+        # A second time, without the rows that are far, only where they are to be judged.
+        for attempt in range(1 + fewer.to(tl.int32)):
+            candidates = (kept & (attempt == 0)) | (near & (attempt > 0))
+            found, found_total = _solve(H, S, candidates, wide_ridge, WINDOW, ROWS)
+            taken = (attempt == 0) | (found_total > total * _PROMISE_SQUARED)
+            alpha = tl.where(taken, found, alpha)
+            total = tl.where(taken, found_total, total)
+            kept = kept & (candidates | (taken == 0))
+        row_residual = tl.where(valid & (kept == 0), -row_residual, row_residual)
+        longer = (tl.full((), beta, tl.float64) * (relaxation - 1.0)).to(ACCUMULATOR)
     else:
-        S = tl.where(valid, tl.full((ROWS,), 1.0, tl.float64), 0.0)
-    alpha = _solve(H, S, valid, tl.full((), ridge, tl.float64), WINDOW, ROWS)
+        alpha, total = _solve(H, S, valid, wide_ridge, WINDOW, ROWS)
 
     # Fallbacks of this sample alone: see AndersonWindow.
-    solved = tl.sum(tl.where(tl.abs(alpha) < infinity, 0, 1), axis=0) == 0
-    before = row == (slot + WINDOW - 1) % WINDOW
-    recovers = tl.sum(tl.where(before & valid, 1, 0), axis=0) > 0
+    solved = (tl.sum(tl.where(tl.abs(alpha) < infinity, 0, 1), axis=0) == 0) & finite
+    before = (row == (slot + WINDOW - 1) % WINDOW) & valid
+    recovers = tl.sum(tl.where(before, 1, 0), axis=0) > 0
     alpha = tl.where(solved, alpha, tl.where(newest, 1.0, 0.0))
-    alpha = tl.where(finite, alpha, tl.where(before & valid, 1.0, 0.0)).to(ACCUMULATOR)
-    stays = converged | ((finite == 0) & (recovers == 0))
-    combined = tl.zeros((), tl.float64)
-    if ADAPTIVE:
-        both = valid[:, None] & valid[None, :]
-        products = alpha.to(tl.float64)[:, None] * H * alpha.to(tl.float64)[None, :]
-        combined = tl.maximum(tl.sum(tl.sum(tl.where(both, products, 0.0), axis=1), axis=0), 0.0)
-    return alpha, residual, row_residual, stays, combined
+    alpha = tl.where(finite, alpha, tl.where(before, 1.0, 0.0)).to(ACCUMULATOR)
+    longer = tl.where(solved, longer, 0.0)
+    predicted = tl.where(solved, 1.0 / total, infinity)
+    diverged = (patience > 0) & (stalled >= patience) & (lowest > _FAR)
+    outcome = tl.where(diverged, _DIVERGED, 0)
+    outcome = tl.where((finite == 0) & (recovers == 0), _NON_FINITE, outcome)
+    outcome = tl.where(converged, _CONVERGED, outcome)
+    return alpha, longer, residual, row_residual, outcome, predicted, relaxation, lowest, stalled, solved
 
 
 @triton.jit
@@ -303,19 +362,22 @@ def _keep_books(
     alpha,
     residual,
     row_residual,
-    stays,
-    outlived,
-    combined,
+    outcome,
+    predicted,
+    relaxation,
+    lowest,
+    stalled,
+    solved,
     sample,
     steps,
     H_ptr,
     row_residual_ptr,
     weights_ptr,
     residual_ptr,
-    frozen_ptr,
+    outcome_ptr,
     iterations_ptr,
-    relaxation_ptr,
-    combined_ptr,
+    tally_ptr,
+    carried_ptr,
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
     ADAPTIVE: tl.constexpr,
@@ -324,51 +386,63 @@ def _keep_books(
     row = tl.arange(0, ROWS)
     slot = steps % WINDOW
     in_use = (row <= steps) & (row < WINDOW)
-    if ADAPTIVE:
-        # The gain of the last step, whose weights are still there, and with it the next row's mixing parameter.
-        last = tl.load(weights_ptr + sample * WINDOW + row, mask=in_use, other=0.0).to(tl.float64)
-        before = tl.load(combined_ptr + sample * 2 + steps % 2)
-        relaxation = tl.load(relaxation_ptr + sample)
-        tl.debug_barrier()
-        product = tl.sum(tl.where(last != 0.0, last * tl.where(row == slot, outlived, h), 0.0), axis=0)
-        g_squared = tl.sum(tl.where(row == slot, h, 0.0), axis=0)
-        best = relaxation * _OVER_RELAXATION * (before - product) / (before - 2.0 * product + g_squared)
-        follows = tl.sqrt(relaxation * tl.minimum(tl.maximum(best, 1.0), _LARGEST_RELAXATION))
-        tl.store(relaxation_ptr + sample, tl.where(tl.abs(best) < float("inf"), follows, relaxation))
-        tl.store(combined_ptr + sample * 2 + (steps + 1) % 2, combined)
     H_here = H_ptr + sample * WINDOW * WINDOW
     tl.store(H_here + slot * WINDOW + row, h, mask=in_use)
     tl.store(H_here + row * WINDOW + slot, h, mask=in_use)
     if ADAPTIVE:  # rows may have been dropped
         tl.store(row_residual_ptr + sample * WINDOW + row, row_residual, mask=in_use)
+        if stalled == _STALL:
+            tl.store(tally_ptr + sample * 2, tl.load(tally_ptr + sample * 2) + 1)
     else:
         entry = tl.where(residual == residual, residual, float("inf"))
         tl.store(row_residual_ptr + sample * WINDOW + slot, entry)
+    if solved == 0:
+        tl.store(tally_ptr + sample * 2 + 1, tl.load(tally_ptr + sample * 2 + 1) + 1)
     tl.store(weights_ptr + sample * WINDOW + row, alpha, mask=in_use)
     tl.store(residual_ptr + sample, residual)
     tl.store(iterations_ptr + sample, steps + 1)
-    if stays:
-        tl.store(frozen_ptr + sample, 1)
+    carried = carried_ptr + (sample * 2 + (steps + 1) % 2) * 4
+    tl.store(carried, predicted)
+    tl.store(carried + 1, relaxation)
+    tl.store(carried + 2, lowest)
+    tl.store(carried + 3, stalled)
+    if outcome != 0:
+        tl.store(outcome_ptr + sample, outcome)
+
+
+@triton.jit
+def _longer_step(alpha, longer, G_here, element, stride, WINDOW: tl.constexpr, ROWS: tl.constexpr):
+    """``longer * sum_i alpha_i g_i`` at ``element``; nothing is read where ``longer`` is 0."""
+    row = tl.arange(0, ROWS)
+    combined = tl.zeros(element.shape, alpha.dtype)
+    for i in tl.static_range(WINDOW):
+        weight = longer * tl.sum(tl.where(row == i, alpha, 0.0), axis=0)
+        g = tl.load(G_here + i * stride, mask=element < tl.where(weight != 0.0, stride, 0), other=0.0)
+        combined += weight * g.to(alpha.dtype)
+    return combined
 
 
 @triton.jit
 def _mix(
     x_ptr,
     out_ptr,
+    G_ptr,
     Y_ptr,
     H_ptr,
     partial_ptr,
     row_residual_ptr,
     weights_ptr,
     residual_ptr,
-    frozen_ptr,
+    outcome_ptr,
     iterations_ptr,
-    relaxation_ptr,
-    combined_ptr,
+    tally_ptr,
+    carried_ptr,
     pushed_ptr,
     index_ptr,
+    beta: tl.float64,
     tol: tl.float64,
     ridge: tl.float64,
+    patience,
     dim,
     stride,
     blocks,
@@ -388,7 +462,7 @@ def _mix(
     """One program: BLOCK elements of one sample, of which ``sums`` partial sums are to be added up.
 
     Every program of a sample solves the same tiny system, with the same bits; only the first writes the books. Another
-    may read ``frozen`` before or after that write: either way it does the same, since a sample that freezes here keeps
+    may read ``outcome`` before or after that write: either way it does the same, since a sample that freezes here keeps
     its x. The row and column of H that the first writes are read by no other: they come from the partial sums."""
     program = tl.program_id(0)
     position = (program // blocks).to(tl.int64)
@@ -399,7 +473,7 @@ def _mix(
     inside = element < dim
     x_here = x_ptr + position * dim + element
     out_here = out_ptr + position * dim + element
-    if tl.load(frozen_ptr + sample) != 0:
+    if tl.load(outcome_ptr + sample) != 0:
         if not IN_PLACE:
             tl.store(out_here, tl.load(x_here, mask=inside), mask=inside)
         return
@@ -407,17 +481,20 @@ def _mix(
     row = tl.arange(0, ROWS)
     in_use = (row <= steps) & (row < WINDOW)
     partial = partial_ptr + position * blocks * (WINDOW + 2)
-    h, f_squared, outlived = _add_up(partial, row, in_use, sums, WINDOW, ROWS, ADAPTIVE, FINISH_BLOCKS)
-    alpha, residual, row_residual, stays, combined = _weigh(
+    h, f_squared, gain = _add_up(partial, row, in_use, sums, WINDOW, ROWS, ADAPTIVE, FINISH_BLOCKS)
+    alpha, longer, residual, row_residual, outcome, predicted, relaxation, lowest, stalled, solved = _weigh(
         h,
         f_squared,
+        gain,
         sample,
         steps,
         H_ptr,
         row_residual_ptr,
-        combined_ptr,
+        carried_ptr,
+        beta,
         tol,
         ridge,
+        patience,
         WINDOW,
         ROWS,
         SCALED,
@@ -432,24 +509,27 @@ def _mix(
             alpha,
             residual,
             row_residual,
-            stays,
-            outlived,
-            combined,
+            outcome,
+            predicted,
+            relaxation,
+            lowest,
+            stalled,
+            solved,
             sample,
             steps,
             H_ptr,
             row_residual_ptr,
             weights_ptr,
             residual_ptr,
-            frozen_ptr,
+            outcome_ptr,
             iterations_ptr,
-            relaxation_ptr,
-            combined_ptr,
+            tally_ptr,
+            carried_ptr,
             WINDOW,
             ROWS,
             ADAPTIVE,
         )
-    if stays:
+    if outcome != 0:
         if not IN_PLACE:
             tl.store(out_here, tl.load(x_here, mask=inside), mask=inside)
         return
@@ -461,6 +541,8 @@ def _mix(
         Y_row = Y_ptr + (sample * WINDOW + i) * stride + element
         y = tl.load(Y_row, mask=element < tl.where(weight != 0.0, stride, 0), other=0.0)
         mixed += weight * y.to(ACCUMULATOR)
+    if ADAPTIVE:
+        mixed += _longer_step(alpha, longer, G_ptr + sample * WINDOW * stride + element, element, stride, WINDOW, ROWS)
     tl.store(out_here, mixed.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -475,15 +557,15 @@ def _update(
     row_residual_ptr,
     weights_ptr,
     residual_ptr,
-    frozen_ptr,
+    outcome_ptr,
     iterations_ptr,
-    relaxation_ptr,
-    combined_ptr,
-    row_beta_ptr,
+    tally_ptr,
+    carried_ptr,
     index_ptr,
     beta: tl.float64,
     tol: tl.float64,
     ridge: tl.float64,
+    patience,
     dim,
     stride,
     WINDOW: tl.constexpr,
@@ -506,7 +588,7 @@ def _update(
     inside = element < dim
     x_stored = tl.load(x_ptr + position * dim + element, mask=inside, other=0.0)
     out_here = out_ptr + position * dim + element
-    if tl.load(frozen_ptr + sample) != 0:
+    if tl.load(outcome_ptr + sample) != 0:
         if not IN_PLACE:
             tl.store(out_here, x_stored, mask=inside)
         return
@@ -515,16 +597,14 @@ def _update(
     # As in _push: the Gram matrix and the mix belong to the rows as they are stored.
     g_stored = (f - x_stored.to(ACCUMULATOR)).to(G_ptr.dtype.element_ty)
     g = g_stored.to(ACCUMULATOR)
-    here_beta = _row_beta(beta, relaxation_ptr, sample, ADAPTIVE)
-    y = f if UNDAMPED else f - (1.0 - here_beta).to(ACCUMULATOR) * g
+    y = f if UNDAMPED else f - tl.full((), 1.0 - beta, ACCUMULATOR) * g
     y_stored = y.to(Y_ptr.dtype.element_ty)
     first_row = sample * WINDOW
     new_row = (first_row + slot) * stride + element
     held = element < stride
-    outlived = tl.zeros((), tl.float64)
+    gain = tl.zeros((), tl.float64)
     if ADAPTIVE:
-        outlived = _outlived(g, G_ptr + new_row, element, steps, stride, WINDOW)
-        tl.store(row_beta_ptr + first_row + slot, here_beta.to(ACCUMULATOR))
+        gain += _product_with_last(g, weights_ptr + first_row + slot, G_ptr + new_row, element, stride)
     tl.store(G_ptr + new_row, g_stored, mask=held)
     tl.store(Y_ptr + new_row, y_stored, mask=held)
     row = tl.arange(0, ROWS)
@@ -535,16 +615,22 @@ def _update(
         end = tl.where((i < steps) & (i != slot), stride, 0)
         other = tl.load(G_ptr + (first_row + i) * stride + element, mask=element < end, other=0.0)
         h += tl.where((row == i) & (row != slot), tl.sum(g.to(tl.float64) * other.to(tl.float64), axis=0), 0.0)
-    alpha, residual, row_residual, stays, combined = _weigh(
+    if ADAPTIVE:
+        last = tl.load(weights_ptr + first_row + row, mask=(row < WINDOW) & (row != slot), other=0.0).to(tl.float64)
+        gain += tl.sum(tl.where(last != 0.0, last * h, 0.0), axis=0)
+    alpha, longer, residual, row_residual, outcome, predicted, relaxation, lowest, stalled, solved = _weigh(
         h,
         f_squared,
+        gain,
         sample,
         steps,
         H_ptr,
         row_residual_ptr,
-        combined_ptr,
+        carried_ptr,
+        beta,
         tol,
         ridge,
+        patience,
         WINDOW,
         ROWS,
         SCALED,
@@ -560,24 +646,27 @@ def _update(
         alpha,
         residual,
         row_residual,
-        stays,
-        outlived,
-        combined,
+        outcome,
+        predicted,
+        relaxation,
+        lowest,
+        stalled,
+        solved,
         sample,
         steps,
         H_ptr,
         row_residual_ptr,
         weights_ptr,
         residual_ptr,
-        frozen_ptr,
+        outcome_ptr,
         iterations_ptr,
-        relaxation_ptr,
-        combined_ptr,
+        tally_ptr,
+        carried_ptr,
         WINDOW,
         ROWS,
         ADAPTIVE,
     )
-    if stays:
+    if outcome != 0:
         if not IN_PLACE:
             tl.store(out_here, x_stored, mask=inside)
         return
@@ -589,6 +678,12 @@ def _update(
         Y_row = Y_ptr + (first_row + i) * stride + element
         y_row = tl.load(Y_row, mask=element < tl.where(weight != 0.0, stride, 0), other=0.0)
         mixed += weight * y_row.to(ACCUMULATOR)
+    if ADAPTIVE:
+        newest = tl.where(row == slot, alpha, 0.0)
+        weight = longer * tl.sum(newest, axis=0)
+        mixed += tl.where(weight != 0.0, weight * g, 0.0)
+        G_here = G_ptr + first_row * stride + element
+        mixed += _longer_step(alpha - newest, longer, G_here, element, stride, WINDOW, ROWS)
     tl.store(out_here, mixed.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -640,7 +735,6 @@ class TritonBackend:
             block, warps = fused_shape(dim, window, lanes, itemsize=itemsize, device=name)
         else:
             block, blocks, warps = split_shape(dim, window, lanes, itemsize=itemsize, device=name)
-        frozen = state.frozen.view(torch.uint8)
         shared: dict[str, Any] = {
             "WINDOW": window,
             "ACCUMULATOR": _TL_DTYPE[accumulator_dtype(x.dtype)],
@@ -657,16 +751,16 @@ class TritonBackend:
             "LARGEST": torch.finfo(state.residual.dtype).max,
         }
         books = (
-            *(state.row_residual, state.weights, state.residual, frozen, state.iterations),
-            *(state.relaxation, state.combined),
+            *(state.row_residual, state.weights, state.residual, state.outcome, state.iterations),
+            *(state.tally, state.carried),
         )
-        samples = frozen if index is None else index  # a pointer that is not read where there is no index
-        undamped = state.beta == 1.0 and not state.adaptive
+        samples = state.outcome if index is None else index  # a pointer that is not read where there is no index
+        undamped = state.beta == 1.0
         with on_device(x.device):
             if fused:
                 _update[(x.shape[0],)](
-                    *(x, fx, out, state.G, state.Y, state.H, *books, state.row_beta, samples),
-                    *(state.beta, state.tol, state.ridge, dim, state.stride),
+                    *(x, fx, out, state.G, state.Y, state.H, *books, samples),
+                    *(state.beta, state.tol, state.ridge, state.patience, dim, state.stride),
                     UNDAMPED=undamped,
                     **of_system,
                     **shared,
@@ -677,8 +771,8 @@ class TritonBackend:
                 self._pushed = torch.empty_like(state.iterations)
             grid = (x.shape[0] * blocks,)
             _push[grid](
-                *(x, fx, state.G, state.Y, self._partial, frozen, state.iterations, self._pushed),
-                *(state.relaxation, state.row_beta, samples),
+                *(x, fx, state.G, state.Y, self._partial, state.outcome, state.iterations, self._pushed),
+                *(state.weights, samples),
                 *(state.beta, dim, state.stride, blocks),
                 UNDAMPED=undamped,
                 **shared,
@@ -686,7 +780,7 @@ class TritonBackend:
             sums = blocks
             if blocks > self._reduce_blocks:
                 _reduce[(x.shape[0],)](
-                    *(self._partial, frozen, self._pushed, samples, blocks),
+                    *(self._partial, state.outcome, self._pushed, samples, blocks),
                     WINDOW=window,
                     ROWS=of_system["ROWS"],
                     ADAPTIVE=state.adaptive,
@@ -696,8 +790,8 @@ class TritonBackend:
                 )
                 sums = 1
             _mix[grid](
-                *(x, out, state.Y, state.H, self._partial, *books, self._pushed, samples),
-                *(state.tol, state.ridge, dim, state.stride, blocks, sums),
+                *(x, out, state.G, state.Y, state.H, self._partial, *books, self._pushed, samples),
+                *(state.beta, state.tol, state.ridge, state.patience, dim, state.stride, blocks, sums),
                 FINISH_BLOCKS=_FINISH_BLOCKS,
                 **of_system,
                 **shared,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import history, native_backend
-from .state import FIRST_RELAXATION, Backend, BackendName, WindowState, accumulator_dtype
+from .state import FIRST_CARRIED, Backend, BackendName, WindowState, accumulator_dtype
 from .torch_backend import TorchBackend
 
 Regularization = Literal["scaled", "absolute"]
@@ -115,9 +115,11 @@ class AndersonWindow:
             f changes nothing; ``absolute`` adds it as it is (what TorchDEQ and jaxopt do).
         ridge: added to the diagonal; default 1e-6 for ``scaled``, 1e-4 for ``absolute``.
         tol: freeze a sample once its relative residual is at most this; None never does.
-        adaptive: let each sample choose its mixing parameter, from beta to 2 beta, by the gain of its last step, and
-            drop rows of a residual far above the newest where the step did not bring what the rows promised: the map
-            has another slope there (README, design notes). 2m + 5 units of traffic instead of 2m + 4.
+        adaptive: multiply beta, sample by sample, by a factor in [0.7, 2] that follows the gain of the last step; drop
+            rows that were taken where the map has another slope; take forward steps where there is no progress
+            (README, design notes). 3m + 5 units of traffic instead of 2m + 4. Without effect on a window of 1.
+        patience: give a sample up (``outcome``) whose relative residual is above 0.1 and has not fallen by a twentieth
+            in so many steps; 0 never does.
 
     Raises:
         ValueError: for an option outside its limits.
@@ -150,6 +152,7 @@ class AndersonWindow:
         ridge: float | None = None,
         tol: float | None = None,
         adaptive: bool = False,
+        patience: int = 0,
     ) -> None:
         validate_window(window=window, beta=beta, regularization=regularization, ridge=ridge, backend=backend)
         if batch_size < 1:
@@ -186,13 +189,13 @@ class AndersonWindow:
             row_residual=full(batch_size, window, value=math.inf),
             weights=full(batch_size, window, value=0.0),
             residual=full(batch_size, value=math.inf),
-            frozen=full(batch_size, value=False, dtype=torch.bool),
+            outcome=full(batch_size, value=0, dtype=torch.uint8),
             iterations=full(batch_size, value=0, dtype=torch.int32),
-            row_beta=full(batch_size, window, value=float(beta)),
-            relaxation=full(batch_size, value=FIRST_RELAXATION if adaptive else 1.0, dtype=torch.float64),
-            combined=full(batch_size, 2, value=math.inf, dtype=torch.float64),
+            tally=full(batch_size, 2, value=0, dtype=torch.int32),
+            carried=torch.tensor(FIRST_CARRIED, device=home, dtype=torch.float64).repeat(batch_size, 2, 1),
             beta=float(beta),
-            adaptive=adaptive,
+            adaptive=adaptive and window > 1,
+            patience=patience,
             tol=-1.0 if tol is None else float(tol),
             ridge=DEFAULT_RIDGE[regularization] if ridge is None else float(ridge),
             scaled=regularization == "scaled",
@@ -209,9 +212,24 @@ class AndersonWindow:
         return self._state.weights
 
     @property
+    def outcome(self) -> Tensor:
+        """(B,) uint8: 0 for a sample that moves, else the :class:`kernels.Outcome` for which it is frozen."""
+        return self._state.outcome
+
+    @property
     def frozen(self) -> Tensor:
-        """(B,) bool: samples that :meth:`step` leaves alone from now on."""
-        return self._state.frozen
+        """(B,) bool, new each time: samples that :meth:`step` leaves alone from now on."""
+        return self._state.outcome != 0
+
+    @property
+    def restarts(self) -> Tensor:
+        """(B,) int32: how often an adaptive window lost all rows but the newest, since there was no progress."""
+        return self._state.tally[:, 0]
+
+    @property
+    def fallbacks(self) -> Tensor:
+        """(B,) int32: plain damped steps, taken since the system could not be solved or f was not finite."""
+        return self._state.tally[:, 1]
 
     @property
     def iterations(self) -> Tensor:
@@ -227,12 +245,13 @@ class AndersonWindow:
             (state.row_residual, math.inf),
             (state.weights, 0.0),
             (state.residual, math.inf),
-            (state.frozen, False),
+            (state.outcome, 0),
             (state.iterations, 0),
-            (state.relaxation, FIRST_RELAXATION if state.adaptive else 1.0),
-            (state.combined, math.inf),
+            (state.tally, 0),
         ):
             tensor.fill_(value)
+        for column, first in enumerate(FIRST_CARRIED):
+            state.carried[..., column] = first
 
     @torch.no_grad()
     def step(self, x: Tensor, fx: Tensor, *, out: Tensor | None = None, index: Tensor | None = None) -> Tensor:
@@ -300,6 +319,7 @@ class AndersonWindow:
             ridge=state.ridge,
             tol=None if state.tol < 0 else state.tol,
             adaptive=state.adaptive,
+            patience=state.patience,
         )
         with torch.no_grad():
             for field in fields(state):
@@ -318,10 +338,9 @@ class AndersonWindow:
         a ``history_dtype``. The result is written to ``out`` if given, which may be ``x`` itself.
         """
         state = self._state
-        index = state.row_residual.argmin(dim=1)
+        lowest, index = state.row_residual.abs().min(dim=1)
         samples = torch.arange(index.shape[0], device=index.device)
-        lowest = state.row_residual[samples, index]
-        keep = (state.frozen & (state.residual <= state.tol)) | torch.isinf(lowest)
+        keep = (state.residual <= state.tol) | torch.isinf(lowest)
         if out is None:
             out = torch.empty_like(x)
         # Some samples at a time: what is gathered on the way stays small beside the state.
@@ -329,7 +348,7 @@ class AndersonWindow:
         for begin in range(0, len(index), size):
             part = slice(begin, begin + size)
             rows = samples[part], index[part]
-            z = state.Y[rows].addcmul_(state.G[rows], state.row_beta[rows][:, None].to(state.Y.dtype), value=-1)
+            z = state.Y[rows].sub_(state.G[rows], alpha=state.beta)
             torch.where(keep[part, None], x[part], z, out=out[part])
         return out, torch.where(keep, state.residual, lowest)
 

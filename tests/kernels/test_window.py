@@ -20,6 +20,7 @@ from benchmarks.problems import affine
 from deq.solvers import Anderson
 from kernels import AndersonWindow, BackendName, Regularization, residual_norm
 from kernels.naive import anderson_update, anderson_weights, relative_residual
+from kernels.state import Carried
 from kernels.triton_backend import TritonBackend
 from tests.conftest import BACKENDS as BACKEND_NAMES
 from tests.conftest import KERNEL_DEVICE
@@ -827,25 +828,29 @@ def test_an_adaptive_window_is_the_reference(backend: str, m: int, dim: int, bet
     start, shift = torch.randn(2, 3, dim, generator=generator, dtype=torch.float64)
 
     def f(x: Tensor) -> Tensor:
-        # A bend, so that rows are dropped; each sample another one.
-        return slope * x + shift + torch.tensor([[0.0], [0.5], [2.0]], dtype=x.dtype) * torch.sin(x)
+        # An affine map, one with bends, so that rows are dropped, and one that nothing solves, so that all stall.
+        return torch.stack(
+            [
+                slope[0] * x[0] + shift[0],
+                slope[1] * x[1] + shift[1] + 2 * torch.sin(x[1]),
+                shift[2] + 10 * torch.sin(9 * x[2]),
+            ]
+        )
 
     window = make(backend, start[None], m, beta=beta, adaptive=True)
     references = [AdaptiveReference(m, beta) for _ in range(3)]
-    x, expected = start.clone(), list(start)
-    dropped = False
-    for _ in range(14):
+    x = start.clone()
+    for _ in range(30):
         fx = f(x)
-        x = run(window, x[None], fx[None])
-        expected = [
-            reference.step(before, after) for reference, before, after in zip(references, expected, fx, strict=True)
-        ]
-        assert relative_error(x, torch.stack(expected), torch.stack(expected)) < 1e-8
-        relaxation = [reference.relaxation for reference in references]
-        assert window._state.relaxation.tolist() == pytest.approx(relaxation, rel=1e-6)
-        dropped |= any(len(reference.rows) < min(reference.steps, m) for reference in references)
-        expected = list(x)  # rounding must not add up
-    assert dropped or m < 7, "nothing was tested"
+        expected = torch.stack([r.step(before, after) for r, before, after in zip(references, x, fx, strict=True)])
+        x = run(window, x[None], fx[None])  # each step from the window's own iterate: rounding must not add up
+        assert relative_error(x, expected, expected) < 1e-6
+        if m > 1:
+            relaxation = window._state.carried[:, references[0].steps % 2, Carried.RELAXATION]
+            assert relaxation.tolist() == pytest.approx([r.relaxation for r in references], rel=1e-4)
+    restarts = [r.restarts for r in references]
+    assert window.restarts.tolist() == restarts
+    assert m == 1 or (sum(restarts) > 0 and (m < 7 or sum(r.drops for r in references) > 0)), "nothing was tested"
     best, residual = window.best(x.to(device_of(backend)))
     torch.testing.assert_close(
         residual_norm(best, f(best.cpu()).to(best.device)), residual, rtol=1e-6, atol=0, msg="not the iterate it says"

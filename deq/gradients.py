@@ -346,11 +346,12 @@ def _power_of_two_norm(v: Tensor) -> Tensor:
 
     1 for a zero sample.
     """
-    largest = v.flatten(1).abs().amax(dim=1).to(accumulator_dtype(v.dtype))
+    rows = v.reshape(len(v), -1)
+    largest = rows.abs().amax(dim=1).to(accumulator_dtype(v.dtype))
     # The largest element first: the squares of small gradients would underflow.
     exponent = torch.frexp(largest).exponent.clamp(-126, 126)
     unit = torch.ldexp(torch.ones_like(largest), exponent)
-    norm = torch.linalg.vector_norm(v.flatten(1) / unit[:, None], dim=1, dtype=unit.dtype)
+    norm = torch.linalg.vector_norm(rows / unit[:, None], dim=1, dtype=unit.dtype)
     limits = torch.finfo(v.dtype)
     lowest, highest = math.ceil(math.log2(limits.tiny)), math.floor(math.log2(limits.max) - 1e-3)
     exponent = (exponent + torch.frexp(norm).exponent).clamp(lowest, highest)

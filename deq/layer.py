@@ -14,7 +14,7 @@ from deq.gradients import Backward, Gradient, Implicit, JacobianFree
 from deq.graphs import LayerGraphs
 from deq.held import hold
 from deq.solvers import Anderson, Solution, Solver
-from deq.solvers.base import FixedPointMap
+from deq.solvers.base import FixedPointMap, validate_start
 from deq.solvers.state import Nest, Packing, flatten, unflatten
 
 
@@ -119,9 +119,10 @@ class DEQ(nn.Module):
             corrections: evaluations, counted from 1 to the solver's ``max_iter``.
 
         Raises:
-            ValueError: if the cell returns another structure, shape, dtype or device than the state's; if z0 is of
-                several batch sizes, dtypes or devices; if the cell is another map at every call (a dropout in training
-                mode, see :func:`deq.held.hold`); if a solver compacts and the cell has a batch norm in training mode;
+            ValueError: if the cell returns another structure, shape, dtype or device than the state's; if z0 (or x, where
+                there is none) has no elements or is not floating point; if z0 is of several batch sizes, dtypes or
+                devices; if the cell is another map at every call (a dropout in training mode, see
+                :func:`deq.held.hold`); if a solver compacts and the cell has a batch norm in training mode;
                 with ``cuda_graph``, if the state is not on a CUDA or ROCm device, a solver compacts, there is a DEQ
                 layer in the cell, or corrections are asked for; if a correction is never reached.
 
@@ -145,6 +146,7 @@ class DEQ(nn.Module):
         packing = None if isinstance(skeleton, int) else Packing(unflatten(skeleton, starts))
         start = starts[0] if packing is None else packing.pack(unflatten(skeleton, starts))
 
+        validate_start(start)
         held = hold(self.cell, len(start), cuda_graph=self.cuda_graph)
 
         def map_of(inputs: Sequence[Tensor], index: Tensor | None = None) -> FixedPointMap:

@@ -196,10 +196,7 @@ class Solver(ABC):
     def _solve(
         self, f: FixedPointMap, z0: Tensor, trace: bool, restrict: Restrict | None, states_at: Collection[int]
     ) -> Solution:
-        if z0.ndim < 1 or z0.numel() == 0 or not z0.is_floating_point():
-            raise ValueError(
-                f"z0 must be (B, ...) floating point with at least one element, got {tuple(z0.shape)} {z0.dtype}"
-            )
+        validate_start(z0)
         if self.compact and restrict is None:
             raise ValueError(
                 "compact=True needs restrict=, which gives f for some samples alone (or use compact=False)"
@@ -260,6 +257,15 @@ class Solver(ABC):
         """() bool: whether the mean test ends the solve. residual, frozen: (B,)."""
         # Samples whose f is not finite are given up and frozen; they do not keep the others from stopping.
         return torch.where(frozen, 0.0, residual).sum() / (~frozen).sum() <= self.tol
+
+
+def validate_start(z0: Tensor) -> None:
+    """Raises ValueError, naming value, limit and fix, for what no solve can start from."""
+    if z0.ndim < 1 or z0.numel() == 0 or not z0.is_floating_point():
+        raise ValueError(
+            f"z0 must be (B, ...) floating point with at least one element, got {tuple(z0.shape)} {z0.dtype}: "
+            "leave empty batches out, give each sample a row, and turn whole numbers into floats"
+        )
 
 
 class Books:

@@ -119,7 +119,7 @@ class DEQ(nn.Module):
             corrections: evaluations, counted from 1 to the solver's ``max_iter``.
 
         Raises:
-            ValueError: if the cell returns another structure, shape, dtype or device than the state's; if z0 (or x, where
+            ValueError: if the cell returns another structure, shape, dtype or device than the state's; if z0 (x, where
                 there is none) has no elements or is not floating point; if z0 is of several batch sizes, dtypes or
                 devices; if the cell is another map at every call (a dropout in training mode, see
                 :func:`deq.held.hold`); if a solver compacts and the cell has a batch norm in training mode;

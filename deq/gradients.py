@@ -19,7 +19,6 @@ gradient               evaluations recorded    more work in ``backward``        
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor
 
 from deq.solvers.base import FixedPointMap, Restrict, Solution, Solver
-from kernels.state import accumulator_dtype
+from deq.solvers.scaling import power_of_two_norm
 
 Record = Callable[[Solution], None]
 SolveAdjoint = Callable[[Solver, Tensor, Tensor], Solution]
@@ -296,7 +295,7 @@ class _Adjoint(torch.autograd.Function):
         _refuse_second_derivatives()
         f_star, z = ctx.saved_tensors
         layer: Backward = ctx.layer
-        scale = _power_of_two_norm(grads[0])
+        scale = power_of_two_norm(grads[0])
         right_side = grads[0] / scale
 
         recorded_again = 0
@@ -339,21 +338,3 @@ def adjoint_map(f_star: Tensor, z: Tensor, right_side: Tensor) -> FixedPointMap:
         return product + right_side
 
     return mapped
-
-
-def _power_of_two_norm(v: Tensor) -> Tensor:
-    """The power of two next above each sample's norm, as far as its dtype has it, (B, 1, ...): dividing is exact.
-
-    1 for a zero sample.
-    """
-    rows = v.reshape(len(v), -1)
-    largest = rows.abs().amax(dim=1).to(accumulator_dtype(v.dtype))
-    # The largest element first: the squares of small gradients would underflow.
-    exponent = torch.frexp(largest).exponent.clamp(-126, 126)
-    unit = torch.ldexp(torch.ones_like(largest), exponent)
-    norm = torch.linalg.vector_norm(rows / unit[:, None], dim=1, dtype=unit.dtype)
-    limits = torch.finfo(v.dtype)
-    lowest, highest = math.ceil(math.log2(limits.tiny)), math.floor(math.log2(limits.max) - 1e-3)
-    exponent = (exponent + torch.frexp(norm).exponent).clamp(lowest, highest)
-    scale = torch.ldexp(torch.ones_like(largest), exponent)
-    return scale.to(v.dtype).view(-1, *(1,) * (v.ndim - 1))

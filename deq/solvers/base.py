@@ -15,6 +15,7 @@ from typing_extensions import TypeVar
 from kernels import residual_norm
 from kernels.state import accumulator_dtype, on_device
 
+from .plotting import plot_residuals
 from .state import Nest, Packing, flatten, unflatten
 
 Stop = Literal["max", "mean"]
@@ -46,11 +47,37 @@ class Solution(Generic[State]):
     """(K, B) residual after each of the K evaluations, with ``solve(..., trace=True)``."""
     states: tuple[State, ...] = ()
     """(B, ...) each: the iterates that ``solve(..., states_at=)`` asked for, as far as the solve came."""
+    tol: float | None = None
+    """The tolerance that the solver had."""
 
     @property
     def idle_evaluations(self) -> int:
         """Evaluations in which no sample moved: what it cost that the host looked late, or not every time."""
         return self.evaluations - int(self.iterations.max())
+
+    def plot(self, ax: Any | None = None, *, label: str | None = None) -> Any:
+        """Draws the relative residual against evaluations of f, on a log axis; needs ``solve(..., trace=True)``.
+
+        The line is the median over the samples, the band reaches from the 10th to the 90th percentile, the dashed line
+        is the tolerance. Samples that were given up are left out. Several solutions share one axis: ::
+
+            ax = None
+            for solver in (Anderson(), Forward()):
+                ax = solver.solve(f, z0, trace=True).plot(ax, label=type(solver).__name__)
+
+        The solve of a DEQ layer is drawn by doing it again: ``solver.solve(layer.equilibrium(x).f, z0, trace=True)``.
+
+        Args:
+            ax: a matplotlib axis to draw on; default: that of a new figure.
+            label: for the legend.
+
+        Returns: the axis.
+
+        Raises:
+            ValueError: for a solution without a trace.
+            ImportError: if matplotlib is not installed.
+        """
+        return plot_residuals(self.trace, self.tol, ax, label)
 
     def __repr__(self) -> str:
         count, total = int(self.converged.sum()), self.converged.numel()
@@ -251,6 +278,7 @@ class Solver(ABC):
             converged=residual <= self.tol,
             trace=torch.stack(residuals) if trace else None,
             states=tuple(states),
+            tol=self.tol,
         )
 
     def mean_is_met(self, residual: Tensor, frozen: Tensor) -> Tensor:

@@ -295,7 +295,7 @@ def test_bad_options_are_refused_on_construction(kind: type[Solver], options: di
 def test_window_options_are_refused_on_construction() -> None:
     with pytest.raises(ValueError, match="window must be at least 1, got 0"):
         Anderson(window=0)
-    with pytest.raises(ValueError, match="memory must be a whole number of rank-one terms, at least 1, got 0"):
+    with pytest.raises(ValueError, match="memory must be a whole number of pairs of vectors, at least 1, got 0"):
         Broyden(memory=0)
     with pytest.raises(ValueError, match="regularization must be one of"):
         Anderson(regularization="none")  # type: ignore[arg-type]

@@ -31,6 +31,8 @@ from torch import Tensor
 from deq.solvers.base import FixedPointMap, Restrict, Solution, Solver
 from deq.solvers.scaling import power_of_two_norm
 
+__all__ = ["Backward", "Gradient", "Implicit", "JacobianFree", "Phantom", "Unrolled", "Unrolling"]
+
 Record = Callable[[Solution], None]
 SolveAdjoint = Callable[[Solver, Tensor, Tensor], Solution]
 """(solver, z, b), z and b (B, ...) -> the solution of u = J^T u + b with J = df/dz at z, from u = b."""
@@ -38,7 +40,18 @@ SolveAdjoint = Callable[[Solver, Tensor, Tensor], Solution]
 
 @dataclass(frozen=True)
 class Backward:
-    """What a layer gives its gradient for a backward solve."""
+    """What a layer gives its gradient for a backward solve.
+
+    Example:
+        >>> import torch
+        >>> from deq.solvers import Anderson
+        >>> accounts = []
+        >>> backward = Backward(Anderson(tol=1e-5), record=accounts.append)
+        >>> x, z_star = torch.ones(2, 3, requires_grad=True), torch.full((2, 3), 2.0)
+        >>> Implicit().attach(lambda z: 0.5 * z + x, z_star, backward).sum().backward()
+        >>> x.grad[0], accounts[0].converged  # 1 / (1 - 0.5)
+        (tensor([2.0000, 2.0000, 2.0000]), tensor([True, True]))
+    """
 
     solver: Solver
     """The layer's own, for gradients that need one and were given none."""
@@ -51,7 +64,17 @@ class Backward:
 
 
 class Gradient(ABC):
-    """How the gradient with respect to z* reaches the parameters and the input of f."""
+    """How the gradient with respect to z* reaches the parameters and the input of f; the interface of all.
+
+    Example:
+        >>> import torch
+        >>> from deq import DEQ
+        >>> class Detached(Gradient):
+        ...     def attach(self, f, z_star, backward):
+        ...         return z_star
+        >>> DEQ(lambda z, x: 0.5 * z + x, gradient=Detached())(torch.ones(1, 1, requires_grad=True)).requires_grad
+        False
+    """
 
     @abstractmethod
     def attach(self, f: FixedPointMap, z_star: Tensor, backward: Backward) -> Tensor:
@@ -97,7 +120,19 @@ class Implicit(Gradient):
 
 
 class Unrolling(Gradient):
-    """A gradient through a few recorded steps from z* on, without a backward solve."""
+    """A gradient through a few recorded steps from z* on, without a backward solve.
+
+    Example:
+        >>> import torch
+        >>> from deq import DEQ
+        >>> class Twice(Unrolling):
+        ...     def unroll(self, f, z):
+        ...         return f(f(z))
+        >>> x = torch.ones(1, 1, requires_grad=True)
+        >>> DEQ(lambda z, x: 0.5 * z + x, gradient=Twice())(x).backward()
+        >>> x.grad  # 1 + 0.5
+        tensor([[1.5000]])
+    """
 
     @abstractmethod
     def unroll(self, f: FixedPointMap, z: Tensor) -> Tensor:

@@ -20,7 +20,14 @@ from deq.solvers.state import Nest, Packing, flatten, unflatten
 
 @dataclass(frozen=True)
 class Equilibrium:
-    """A fixed point, and what losses on the way to it and on the map around it need."""
+    """A fixed point, and what losses on the way to it and on the map around it need.
+
+    Example:
+        >>> import torch
+        >>> found = DEQ(lambda z, x: x + 0 * z).equilibrium(torch.ones(1, 1), corrections=(1,))
+        >>> found.z, found.states, found.f(torch.zeros(1, 1))
+        (tensor([[1.]]), (tensor([[1.]]),), tensor([[1.]]))
+    """
 
     z: Any
     """(B, ...), or a nest of such: the fixed point, with the layer's gradient."""
@@ -55,6 +62,10 @@ class DEQ(nn.Module):
         graphs: what is recorded, with ``cuda_graph``.
 
     Under autocast the state is kept in float32 and what the cell returns is cast to it.
+
+    Raises:
+        ValueError: from a call, see :meth:`equilibrium`; of a ``backward`` whose solve needs x or a parameter as it
+            was, if that has changed.
 
     Source: Bai, Kolter & Koltun 2019, *Deep equilibrium models*.
 

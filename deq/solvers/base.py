@@ -27,7 +27,18 @@ State = TypeVar("State", bound=Nest, default=Tensor)
 
 @dataclass(frozen=True, repr=False)
 class Solution(Generic[State]):
-    """What a solve found, per sample, and what it cost. All tensors are detached and on the state's device."""
+    """What a solve found, per sample, and what it cost. All tensors are detached and on the state's device.
+
+    Example:
+        >>> import torch
+        >>> from deq.solvers import Forward
+        >>> x = torch.tensor([[1.0, 2.0], [torch.nan, 0.0]])
+        >>> solution = Forward(tol=1e-3).solve(lambda z: 0.5 * z + x, torch.zeros(2, 2), trace=True)
+        >>> solution
+        Solution(1 of 2 converged, 10 evaluations, iterations 1 to 10, residual 9.8e-04 to nan, z (2, 2) torch.float32)
+        >>> solution.converged, solution.z.isfinite().all(), solution.trace.shape
+        (tensor([ True, False]), tensor(True), torch.Size([10, 2]))
+    """
 
     z: State
     """(B, ...) the iterate of lowest relative residual still in the solver's window, or (Broyden's method) of all.
@@ -91,8 +102,9 @@ class Solution(Generic[State]):
 
 
 def _spread(values: Tensor, form: str) -> str:
-    low, high = values.min().item(), values.max().item()
-    return f"{low:{form}}" if low == high else f"{low:{form}} to {high:{form}}"
+    """Smallest to largest, or to nan if there is one."""
+    low, high = values.nan_to_num(math.inf, math.inf, -math.inf).min().item(), values.max().item()
+    return f"{high:{form}}" if low in (high, math.inf) else f"{low:{form}} to {high:{form}}"
 
 
 Restrict = Callable[[Tensor], FixedPointMap]
@@ -147,6 +159,24 @@ class Solver(ABC):
     one iteration late, through pinned memory. That costs one evaluation more, in which nothing moves. The host asks
     after every ``check_every`` evaluations; a larger number saves it some work where f is very cheap, and costs up to
     ``check_every - 1`` evaluations more (``solution.idle_evaluations``). What is found is the same.
+
+    Args:
+        tol: at least 0; 1e-2 to 1e-6 are usual.
+        max_iter: evaluations of f at most, at least 1.
+        stop: ``max`` or ``mean``.
+        compact: leave samples that have converged out of the evaluations.
+        check_every: evaluations between two looks at who still moves, at least 1.
+
+    Raises:
+        ValueError: for an option outside its limits.
+
+    Example:
+        >>> from deq.solvers import Forward
+        >>> Forward(tol=1e-4, stop="mean")
+        Forward(tol=0.0001, max_iter=50, stop='mean', compact=False, check_every=1, beta=1.0)
+        >>> Forward(max_iter=0)
+        Traceback (most recent call last):
+        ValueError: max_iter must be at least 1, got 0
     """
 
     tol: float = 1e-3

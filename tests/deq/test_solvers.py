@@ -356,6 +356,14 @@ def test_a_solution_reads_in_one_line() -> None:
     assert text.startswith(f"Solution(2 of 2 converged, {solution.evaluations} evaluations, iterations ")
 
 
+def test_a_solution_with_a_sample_given_up_still_shows_the_residuals_of_the_others() -> None:
+    x = torch.tensor([[1.0], [math.nan]])
+    some = Forward(tol=1e-3).solve(lambda z: 0.5 * z + x, torch.zeros(2, 1))
+    assert "1 of 2 converged" in repr(some)
+    assert f"residual {some.residual[0]:.1e} to nan" in repr(some)
+    assert "residual nan," in repr(Forward().solve(lambda z: z + math.nan, torch.zeros(2, 1)))
+
+
 @each_solver
 @pytest.mark.parametrize(("slope", "shift", "start"), [(0.5, 1.0, -2.0), (-1.0, 2.0, 0.0)])
 def test_a_map_that_passes_through_zero_is_not_given_up(

@@ -22,9 +22,9 @@ class Broyden(Solver):
         B      = -I + (Y + S) (S^T S)^-1 S^T        the matrix nearest to -I with B s_i = y_i for every i
         x_next = x - B^-1 g = f - W c   where   S^T Y c = S^T g
 
-    per sample; samples are independent. No step is longer than the longest in memory, or than g where that is longer.
-    When the memory is full it starts anew from the newest pair: that needs fewer evaluations than to drop the oldest
-    pair at each step. It starts anew, too, where S^T Y is as good as singular.
+    per sample; samples are independent. No step is longer than the one before, or than g where that is longer. When
+    the memory is full it starts anew from the newest pair: that needs fewer evaluations than to drop the oldest pair
+    at each step. It starts anew, too, where S^T Y is as good as singular.
 
     From the second iteration on an iteration costs one evaluation of f and three passes over ``memory`` rows, in plain
     PyTorch. The memory is 2 ``memory`` B d elements, in float32 at least. It is not that of a
@@ -68,9 +68,9 @@ class _BroydenIteration(Books):
     """Pairs are kept at norms ||s|| about 1, by powers of two, so that no product of them over- or underflows.
 
     The inverse M of K = S^T Y grows with the memory, by bordering: with c = S^T y the new column of K, r = s^T Y its
-    new row and the pivot p = s.y - r M c, ::
+    new row and the pivot q = s.y - r M c, ::
 
-        M += (M c - e) (r M - e)^T / p        e the unit vector of the new pair
+        M += (M c - e) (r M - e)^T / q        e the unit vector of the new pair
 
     Which pair is written is counted on the device, so that every iteration is the same launches.
     """
@@ -81,7 +81,7 @@ class _BroydenIteration(Books):
         self._memory, self._dtype = solver.memory, accumulator_dtype(x.dtype)
         self._S, self._W = x.new_zeros(2, batch_size, solver.memory, dim, dtype=self._dtype)
         self._M = x.new_zeros(batch_size, solver.memory, solver.memory, dtype=torch.float64)
-        self._lengths = x.new_zeros(batch_size, solver.memory, dtype=torch.float64)
+        self._length = x.new_zeros(batch_size, dtype=torch.float64)  # of the last step
         self._x_before, self._g_before = x.new_zeros(2, batch_size, dim, dtype=self._dtype)
         self._best = x.clone()
         self._best_residual = torch.full_like(self.residual, torch.inf)
@@ -119,12 +119,9 @@ class _BroydenIteration(Books):
         usable = (self.iterations[samples] > 1) & torch.isfinite(torch.linalg.vector_norm(y, dim=1)) & (length > 0)
         self._S[samples, slot] = torch.where(usable[:, None], s, 0.0)
         self._W[samples, slot] = torch.where(usable[:, None], s + y, 0.0)
-        # Starting anew forgets how far the steps went, and all secant equations.
-        anew = (slot == 0)[:, None]
-        lengths = torch.where(anew, 0.0, self._lengths[samples])
-        new = torch.where(usable, length * unit[:, 0].double(), 0.0)
-        self._lengths[samples] = lengths.scatter(1, slot[:, None], new[:, None])
-        self._M[samples] = torch.where(anew[:, :, None], 0.0, self._M[samples])
+        self._length[samples] = torch.where(usable, length * unit[:, 0].double(), 0.0)
+        # A full memory starts anew.
+        self._M[samples] = torch.where((slot == 0)[:, None, None], 0.0, self._M[samples])
 
     def _direction(self, g: Tensor, S: Tensor, W: Tensor, samples: Tensor) -> Tensor:
         """The step from x, (n, d), with the newest pair in M. S, W: (n, m, d)."""
@@ -154,7 +151,7 @@ class _BroydenIteration(Books):
         c = _times(M, S_g).to(g.dtype)
         p = g - unit * torch.bmm(c[:, None], W).squeeze(1)
         length, plain = (torch.linalg.vector_norm(v, dim=1, dtype=torch.float64) for v in (p, g))
-        longest = torch.maximum(self._lengths[samples].amax(dim=1), plain)
+        longest = torch.maximum(self._length[samples], plain)
         p = p * (longest / length).clamp(max=1.0).to(p.dtype)[:, None]
         return torch.where(torch.isfinite(length)[:, None] & (length > 0)[:, None], p, g)
 
@@ -166,7 +163,7 @@ class _BroydenIteration(Books):
         # What is read of S and W is written before, but for zeros times what is there, which is finite.
         super().reset()
         self._M.zero_()
-        self._lengths.zero_()
+        self._length.zero_()
         self._best_residual.fill_(torch.inf)
 
 

@@ -228,9 +228,9 @@ class Solver(ABC):
             states_at: keep a copy of the iterates that follow these evaluations, counted from 1 to ``max_iter``.
 
         Raises:
-            ValueError: if ``z0`` has no elements, is not floating point or is of several batch sizes, dtypes or
-                devices; if f returns another structure, shape, dtype or device, or writes into its argument; if
-                ``compact`` is on without ``restrict``; if ``states_at`` names an evaluation that is never made.
+            ValueError: if ``z0`` has no elements, is not floating point, not dense, or is of several batch sizes,
+                dtypes or devices; if f returns another structure, shape, dtype or device, or writes into its argument;
+                if ``compact`` is on without ``restrict``; if ``states_at`` names an evaluation that is never made.
 
         Example:
             >>> import torch
@@ -323,6 +323,12 @@ def validate_start(z0: Tensor) -> None:
         raise ValueError(
             f"z0 must be (B, ...) floating point with at least one element, got {tuple(z0.shape)} {z0.dtype}: "
             "leave empty batches out, give each sample a row, and turn whole numbers into floats"
+        )
+    if z0.layout != torch.strided:
+        raise ValueError(f"z0 must be a dense tensor, got one of {z0.layout}: give z0.to_dense()")
+    if z0.dtype.itemsize < 2:
+        raise ValueError(
+            f"z0 must be float64, float32, bfloat16 or float16, got {z0.dtype}: let f convert, and give z0.half()"
         )
 
 

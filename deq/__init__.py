@@ -1,6 +1,6 @@
 """Deep equilibrium models with Anderson acceleration."""
 
-from deq.layer import DEQ
+from deq.layer import DEQ, Equilibrium
 from deq.warm_start import WarmStart
 
-__all__ = ["DEQ", "WarmStart"]
+__all__ = ["DEQ", "Equilibrium", "WarmStart"]

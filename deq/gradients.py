@@ -19,7 +19,6 @@ gradient               evaluations recorded    more work in ``backward``        
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -30,7 +29,9 @@ import torch
 from torch import Tensor
 
 from deq.solvers.base import FixedPointMap, Restrict, Solution, Solver
-from kernels.state import accumulator_dtype
+from deq.solvers.scaling import power_of_two_norm
+
+__all__ = ["Backward", "Gradient", "Implicit", "JacobianFree", "Phantom", "Unrolled", "Unrolling"]
 
 Record = Callable[[Solution], None]
 SolveAdjoint = Callable[[Solver, Tensor, Tensor], Solution]
@@ -39,7 +40,18 @@ SolveAdjoint = Callable[[Solver, Tensor, Tensor], Solution]
 
 @dataclass(frozen=True)
 class Backward:
-    """What a layer gives its gradient for a backward solve."""
+    """What a layer gives its gradient for a backward solve.
+
+    Example:
+        >>> import torch
+        >>> from deq.solvers import Anderson
+        >>> accounts = []
+        >>> backward = Backward(Anderson(tol=1e-5), record=accounts.append)
+        >>> x, z_star = torch.ones(2, 3, requires_grad=True), torch.full((2, 3), 2.0)
+        >>> Implicit().attach(lambda z: 0.5 * z + x, z_star, backward).sum().backward()
+        >>> x.grad[0], accounts[0].converged  # 1 / (1 - 0.5)
+        (tensor([2.0000, 2.0000, 2.0000]), tensor([True, True]))
+    """
 
     solver: Solver
     """The layer's own, for gradients that need one and were given none."""
@@ -52,7 +64,17 @@ class Backward:
 
 
 class Gradient(ABC):
-    """How the gradient with respect to z* reaches the parameters and the input of f."""
+    """How the gradient with respect to z* reaches the parameters and the input of f; the interface of all.
+
+    Example:
+        >>> import torch
+        >>> from deq import DEQ
+        >>> class Detached(Gradient):
+        ...     def attach(self, f, z_star, backward):
+        ...         return z_star
+        >>> DEQ(lambda z, x: 0.5 * z + x, gradient=Detached())(torch.ones(1, 1, requires_grad=True)).requires_grad
+        False
+    """
 
     @abstractmethod
     def attach(self, f: FixedPointMap, z_star: Tensor, backward: Backward) -> Tensor:
@@ -98,7 +120,19 @@ class Implicit(Gradient):
 
 
 class Unrolling(Gradient):
-    """A gradient through a few recorded steps from z* on, without a backward solve."""
+    """A gradient through a few recorded steps from z* on, without a backward solve.
+
+    Example:
+        >>> import torch
+        >>> from deq import DEQ
+        >>> class Twice(Unrolling):
+        ...     def unroll(self, f, z):
+        ...         return f(f(z))
+        >>> x = torch.ones(1, 1, requires_grad=True)
+        >>> DEQ(lambda z, x: 0.5 * z + x, gradient=Twice())(x).backward()
+        >>> x.grad  # 1 + 0.5
+        tensor([[1.5000]])
+    """
 
     @abstractmethod
     def unroll(self, f: FixedPointMap, z: Tensor) -> Tensor:
@@ -296,7 +330,7 @@ class _Adjoint(torch.autograd.Function):
         _refuse_second_derivatives()
         f_star, z = ctx.saved_tensors
         layer: Backward = ctx.layer
-        scale = _power_of_two_norm(grads[0])
+        scale = power_of_two_norm(grads[0])
         right_side = grads[0] / scale
 
         recorded_again = 0
@@ -339,20 +373,3 @@ def adjoint_map(f_star: Tensor, z: Tensor, right_side: Tensor) -> FixedPointMap:
         return product + right_side
 
     return mapped
-
-
-def _power_of_two_norm(v: Tensor) -> Tensor:
-    """The power of two next above each sample's norm, as far as its dtype has it, (B, 1, ...): dividing is exact.
-
-    1 for a zero sample.
-    """
-    largest = v.flatten(1).abs().amax(dim=1).to(accumulator_dtype(v.dtype))
-    # The largest element first: the squares of small gradients would underflow.
-    exponent = torch.frexp(largest).exponent.clamp(-126, 126)
-    unit = torch.ldexp(torch.ones_like(largest), exponent)
-    norm = torch.linalg.vector_norm(v.flatten(1) / unit[:, None], dim=1, dtype=unit.dtype)
-    limits = torch.finfo(v.dtype)
-    lowest, highest = math.ceil(math.log2(limits.tiny)), math.floor(math.log2(limits.max) - 1e-3)
-    exponent = (exponent + torch.frexp(norm).exponent).clamp(lowest, highest)
-    scale = torch.ldexp(torch.ones_like(largest), exponent)
-    return scale.to(v.dtype).view(-1, *(1,) * (v.ndim - 1))

@@ -14,13 +14,20 @@ from deq.gradients import Backward, Gradient, Implicit, JacobianFree
 from deq.graphs import LayerGraphs
 from deq.held import hold
 from deq.solvers import Anderson, Solution, Solver
-from deq.solvers.base import FixedPointMap
+from deq.solvers.base import FixedPointMap, validate_start
 from deq.solvers.state import Nest, Packing, flatten, unflatten
 
 
 @dataclass(frozen=True)
 class Equilibrium:
-    """A fixed point, and what losses on the way to it and on the map around it need."""
+    """A fixed point, and what losses on the way to it and on the map around it need.
+
+    Example:
+        >>> import torch
+        >>> found = DEQ(lambda z, x: x + 0 * z).equilibrium(torch.ones(1, 1), corrections=(1,))
+        >>> found.z, found.states, found.f(torch.zeros(1, 1))
+        (tensor([[1.]]), (tensor([[1.]]),), tensor([[1.]]))
+    """
 
     z: Any
     """(B, ...), or a nest of such: the fixed point, with the layer's gradient."""
@@ -55,6 +62,10 @@ class DEQ(nn.Module):
         graphs: what is recorded, with ``cuda_graph``.
 
     Under autocast the state is kept in float32 and what the cell returns is cast to it.
+
+    Raises:
+        ValueError: from a call, see :meth:`equilibrium`; of a ``backward`` whose solve needs x or a parameter as it
+            was, if that has changed.
 
     Source: Bai, Kolter & Koltun 2019, *Deep equilibrium models*.
 
@@ -119,9 +130,10 @@ class DEQ(nn.Module):
             corrections: evaluations, counted from 1 to the solver's ``max_iter``.
 
         Raises:
-            ValueError: if the cell returns another structure, shape, dtype or device than the state's; if z0 is of
-                several batch sizes, dtypes or devices; if the cell is another map at every call (a dropout in training
-                mode, see :func:`deq.held.hold`); if a solver compacts and the cell has a batch norm in training mode;
+            ValueError: if the cell returns another structure, shape, dtype or device than the state's; if z0 (x, where
+                there is none) has no elements or is not floating point; if z0 is of several batch sizes, dtypes or
+                devices; if the cell is another map at every call (a dropout in training mode, see
+                :func:`deq.held.hold`); if a solver compacts and the cell has a batch norm in training mode;
                 with ``cuda_graph``, if the state is not on a CUDA or ROCm device, a solver compacts, there is a DEQ
                 layer in the cell, or corrections are asked for; if a correction is never reached.
 
@@ -145,6 +157,7 @@ class DEQ(nn.Module):
         packing = None if isinstance(skeleton, int) else Packing(unflatten(skeleton, starts))
         start = starts[0] if packing is None else packing.pack(unflatten(skeleton, starts))
 
+        validate_start(start)
         held = hold(self.cell, len(start), cuda_graph=self.cuda_graph)
 
         def map_of(inputs: Sequence[Tensor], index: Tensor | None = None) -> FixedPointMap:

@@ -77,7 +77,14 @@ def jacobian_penalty(
 
 
 class SpectralRadius(NamedTuple):
-    """What :func:`spectral_radius` found."""
+    """What :func:`spectral_radius` found.
+
+    Example:
+        >>> import torch
+        >>> radius, converged, steps = spectral_radius(lambda z: 0.5 * z, torch.zeros(3, 2))
+        >>> radius, converged
+        (tensor([0.5000, 0.5000, 0.5000]), tensor([True, True, True]))
+    """
 
     radius: Tensor
     """(B,) float32, or float64 where z is: the largest modulus of an eigenvalue of J; NaN where J is not finite. Of a

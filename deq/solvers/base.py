@@ -15,6 +15,7 @@ from typing_extensions import TypeVar
 from kernels import residual_norm
 from kernels.state import accumulator_dtype, on_device
 
+from .plotting import plot_residuals
 from .state import Nest, Packing, flatten, unflatten
 
 Stop = Literal["max", "mean"]
@@ -26,7 +27,18 @@ State = TypeVar("State", bound=Nest, default=Tensor)
 
 @dataclass(frozen=True, repr=False)
 class Solution(Generic[State]):
-    """What a solve found, per sample, and what it cost. All tensors are detached and on the state's device."""
+    """What a solve found, per sample, and what it cost. All tensors are detached and on the state's device.
+
+    Example:
+        >>> import torch
+        >>> from deq.solvers import Forward
+        >>> x = torch.tensor([[1.0, 2.0], [torch.nan, 0.0]])
+        >>> solution = Forward(tol=1e-3).solve(lambda z: 0.5 * z + x, torch.zeros(2, 2), trace=True)
+        >>> solution
+        Solution(1 of 2 converged, 10 evaluations, iterations 1 to 10, residual 9.8e-04 to nan, z (2, 2) torch.float32)
+        >>> solution.converged, solution.z.isfinite().all(), solution.trace.shape
+        (tensor([ True, False]), tensor(True), torch.Size([10, 2]))
+    """
 
     z: State
     """(B, ...) the iterate of lowest relative residual still in the solver's window, or (Broyden's method) of all.
@@ -46,11 +58,37 @@ class Solution(Generic[State]):
     """(K, B) residual after each of the K evaluations, with ``solve(..., trace=True)``."""
     states: tuple[State, ...] = ()
     """(B, ...) each: the iterates that ``solve(..., states_at=)`` asked for, as far as the solve came."""
+    tol: float | None = None
+    """The tolerance that the solver had."""
 
     @property
     def idle_evaluations(self) -> int:
         """Evaluations in which no sample moved: what it cost that the host looked late, or not every time."""
         return self.evaluations - int(self.iterations.max())
+
+    def plot(self, ax: Any | None = None, *, label: str | None = None) -> Any:
+        """Draws the relative residual against evaluations of f, on a log axis; needs ``solve(..., trace=True)``.
+
+        The line is the median over the samples, the band reaches from the 10th to the 90th percentile, the dashed line
+        is the tolerance. Samples that were given up are left out. Several solutions share one axis: ::
+
+            ax = None
+            for solver in (Anderson(), Forward()):
+                ax = solver.solve(f, z0, trace=True).plot(ax, label=type(solver).__name__)
+
+        The solve of a DEQ layer is drawn by doing it again: ``solver.solve(layer.equilibrium(x).f, z0, trace=True)``.
+
+        Args:
+            ax: a matplotlib axis to draw on; default: that of a new figure.
+            label: for the legend.
+
+        Returns: the axis.
+
+        Raises:
+            ValueError: for a solution without a trace.
+            ImportError: if matplotlib is not installed.
+        """
+        return plot_residuals(self.trace, self.tol, ax, label)
 
     def __repr__(self) -> str:
         count, total = int(self.converged.sum()), self.converged.numel()
@@ -64,8 +102,9 @@ class Solution(Generic[State]):
 
 
 def _spread(values: Tensor, form: str) -> str:
-    low, high = values.min().item(), values.max().item()
-    return f"{low:{form}}" if low == high else f"{low:{form}} to {high:{form}}"
+    """Smallest to largest, or to nan if there is one."""
+    low, high = values.nan_to_num(math.inf, math.inf, -math.inf).min().item(), values.max().item()
+    return f"{high:{form}}" if low in (high, math.inf) else f"{low:{form}} to {high:{form}}"
 
 
 Restrict = Callable[[Tensor], FixedPointMap]
@@ -120,6 +159,24 @@ class Solver(ABC):
     one iteration late, through pinned memory. That costs one evaluation more, in which nothing moves. The host asks
     after every ``check_every`` evaluations; a larger number saves it some work where f is very cheap, and costs up to
     ``check_every - 1`` evaluations more (``solution.idle_evaluations``). What is found is the same.
+
+    Args:
+        tol: at least 0; 1e-2 to 1e-6 are usual.
+        max_iter: evaluations of f at most, at least 1.
+        stop: ``max`` or ``mean``.
+        compact: leave samples that have converged out of the evaluations.
+        check_every: evaluations between two looks at who still moves, at least 1.
+
+    Raises:
+        ValueError: for an option outside its limits.
+
+    Example:
+        >>> from deq.solvers import Forward
+        >>> Forward(tol=1e-4, stop="mean")
+        Forward(tol=0.0001, max_iter=50, stop='mean', compact=False, check_every=1, beta=1.0)
+        >>> Forward(max_iter=0)
+        Traceback (most recent call last):
+        ValueError: max_iter must be at least 1, got 0
     """
 
     tol: float = 1e-3
@@ -171,9 +228,9 @@ class Solver(ABC):
             states_at: keep a copy of the iterates that follow these evaluations, counted from 1 to ``max_iter``.
 
         Raises:
-            ValueError: if ``z0`` has no elements, is not floating point or is of several batch sizes, dtypes or
-                devices; if f returns another structure, shape, dtype or device, or writes into its argument; if
-                ``compact`` is on without ``restrict``; if ``states_at`` names an evaluation that is never made.
+            ValueError: if ``z0`` has no elements, is not floating point, not dense, or is of several batch sizes,
+                dtypes or devices; if f returns another structure, shape, dtype or device, or writes into its argument;
+                if ``compact`` is on without ``restrict``; if ``states_at`` names an evaluation that is never made.
 
         Example:
             >>> import torch
@@ -196,10 +253,7 @@ class Solver(ABC):
     def _solve(
         self, f: FixedPointMap, z0: Tensor, trace: bool, restrict: Restrict | None, states_at: Collection[int]
     ) -> Solution:
-        if z0.ndim < 1 or z0.numel() == 0 or not z0.is_floating_point():
-            raise ValueError(
-                f"z0 must be (B, ...) floating point with at least one element, got {tuple(z0.shape)} {z0.dtype}"
-            )
+        validate_start(z0)
         if self.compact and restrict is None:
             raise ValueError(
                 "compact=True needs restrict=, which gives f for some samples alone (or use compact=False)"
@@ -254,12 +308,28 @@ class Solver(ABC):
             converged=residual <= self.tol,
             trace=torch.stack(residuals) if trace else None,
             states=tuple(states),
+            tol=self.tol,
         )
 
     def mean_is_met(self, residual: Tensor, frozen: Tensor) -> Tensor:
         """() bool: whether the mean test ends the solve. residual, frozen: (B,)."""
         # Samples whose f is not finite are given up and frozen; they do not keep the others from stopping.
         return torch.where(frozen, 0.0, residual).sum() / (~frozen).sum() <= self.tol
+
+
+def validate_start(z0: Tensor) -> None:
+    """Raises ValueError, naming value, limit and fix, for what no solve can start from."""
+    if z0.ndim < 1 or z0.numel() == 0 or not z0.is_floating_point():
+        raise ValueError(
+            f"z0 must be (B, ...) floating point with at least one element, got {tuple(z0.shape)} {z0.dtype}: "
+            "leave empty batches out, give each sample a row, and turn whole numbers into floats"
+        )
+    if z0.layout != torch.strided:
+        raise ValueError(f"z0 must be a dense tensor, got one of {z0.layout}: give z0.to_dense()")
+    if z0.dtype.itemsize < 2:
+        raise ValueError(
+            f"z0 must be float64, float32, bfloat16 or float16, got {z0.dtype}: let f convert, and give z0.half()"
+        )
 
 
 class Books:

@@ -222,4 +222,5 @@ class CapturedSolve:
             evaluations=evaluations,
             sample_evaluations=evaluations * len(z0),
             converged=residual <= self._solver.tol,
+            tol=self._solver.tol,
         )

@@ -21,6 +21,8 @@ class Forward(Solver):
     Raises:
         ValueError: for an option outside its limits.
 
+    Source: Picard 1890; damped: Krasnoselskii 1955 and Mann 1953.
+
     Example:
         >>> import torch
         >>> Forward(tol=1e-3).solve(torch.cos, torch.zeros(2, 4)).evaluations

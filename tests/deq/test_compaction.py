@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from benchmarks.problems import Affine, affine
 from deq import DEQ
 from deq.gradients import Implicit
-from deq.solvers import Anderson, Forward, Solver
+from deq.solvers import Anderson, Broyden, Forward, Solver
 from deq.solvers import base as solvers_base
 
-KINDS = pytest.mark.parametrize("kind", [Anderson, Forward])
+KINDS = pytest.mark.parametrize("kind", [Anderson, Broyden, Forward])
 
 
 def uneven() -> Affine:

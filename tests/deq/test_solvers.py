@@ -295,7 +295,7 @@ def test_bad_options_are_refused_on_construction(kind: type[Solver], options: di
 def test_window_options_are_refused_on_construction() -> None:
     with pytest.raises(ValueError, match="window must be at least 1, got 0"):
         Anderson(window=0)
-    with pytest.raises(ValueError, match="memory must be a whole number of rank-one terms, at least 1, got 0"):
+    with pytest.raises(ValueError, match="memory must be a whole number of pairs of vectors, at least 1, got 0"):
         Broyden(memory=0)
     with pytest.raises(ValueError, match="regularization must be one of"):
         Anderson(regularization="none")  # type: ignore[arg-type]
@@ -354,6 +354,14 @@ def test_a_solution_reads_in_one_line() -> None:
     text = repr(solution)
     assert "\n" not in text
     assert text.startswith(f"Solution(2 of 2 converged, {solution.evaluations} evaluations, iterations ")
+
+
+def test_a_solution_with_a_sample_given_up_still_shows_the_residuals_of_the_others() -> None:
+    x = torch.tensor([[1.0], [math.nan]])
+    some = Forward(tol=1e-3).solve(lambda z: 0.5 * z + x, torch.zeros(2, 1))
+    assert "1 of 2 converged" in repr(some)
+    assert f"residual {some.residual[0]:.1e} to nan" in repr(some)
+    assert "residual nan," in repr(Forward().solve(lambda z: z + math.nan, torch.zeros(2, 1)))
 
 
 @each_solver

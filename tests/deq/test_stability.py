@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
-import resource
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +20,7 @@ from deq.solvers import Anderson, Broyden, Forward, Solver, captured
 from deq.solvers.base import FixedPointMap
 from deq.stability import StabilityLosses, VariationalDropout, correction_loss, jacobian_penalty, spectral_radius
 from kernels import native_backend
+from tests.left_behind import hooks_of, live_tensors, resident_bytes
 from tests.replay import ReplayingRecorder, triton_launches_are_recorded  # noqa: F401
 
 
@@ -603,23 +602,6 @@ def test_options_of_the_dropout_outside_their_limits_are_refused(options: dict[s
 
 
 # All of it, for long
-
-
-def hooks_of(model: nn.Module) -> int:
-    """Hooks and handles on the model's modules and parameters."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    modules = sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
-    return modules + sum(len(parameter._backward_hooks or ()) for parameter in model.parameters())
-
-
-def live_tensors() -> int:
-    gc.collect()
-    return sum(issubclass(type(one), Tensor) for one in gc.get_objects())
-
-
-def resident_bytes() -> int:
-    with open("/proc/self/statm") as statm:  # noqa: PTH123
-        return int(statm.read().split()[1]) * resource.getpagesize()
 
 
 def test_a_thousand_training_steps_leave_nothing_behind() -> None:

@@ -57,11 +57,16 @@ class _BroydenIteration(Books):
         batch_size, dim = x.shape
         self._dtype = accumulator_dtype(x.dtype)
         self._U, self._V = x.new_zeros(2, batch_size, solver.memory, dim, dtype=self._dtype)
-        self._x_before, self._g_before = torch.zeros_like(self._U[:, :2]).unbind(dim=1)
+        self._x_before, self._g_before = x.new_zeros(2, batch_size, dim, dtype=self._dtype)
         self._best = x.clone()
         self._best_residual = torch.full_like(self.residual, torch.inf)
 
     def step(self, x: Tensor, fx: Tensor, index: Tensor | None) -> Tensor:
+        # Autocast is for f: in half precision the products here lose the secant equation, or overflow.
+        with torch.autocast(x.device.type, enabled=False):
+            return self._step(x, fx, index)
+
+    def _step(self, x: Tensor, fx: Tensor, index: Tensor | None) -> Tensor:
         samples = torch.arange(len(x), device=x.device) if index is None else index
         first = (self.iterations[samples] == 0)[:, None]
         slot = ((self.iterations[samples] - 1) % self._U.shape[1]).long()

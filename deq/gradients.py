@@ -258,7 +258,8 @@ def _depends_on_more_than_z(f_star: Tensor) -> bool:
         if node is None or node in seen or node.name() == f"{_Source.__name__}Backward":
             continue
         seen.add(node)
-        if not node.next_functions:
+        # A checkpoint of the reentrant kind hides what is inside from the graph. If it is asked for J^T u, it says so.
+        if not node.next_functions or node.name() == "CheckpointFunctionBackward":
             return True
         nodes.extend(parent for parent, _ in node.next_functions)
     return False

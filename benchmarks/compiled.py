@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels import triton_backend
-from kernels.launch import Bytes, fused_dim, fused_shape, split_shape
+from kernels.launch import Bytes, fused_dim, fused_options, fused_shape, split_shape
 
 WINDOWS = (2, 5, 10, 16)
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
@@ -126,7 +126,8 @@ def compile_kernel(
         function, signature, constexprs={(names.index(k),): v for k, v in constants.items()}, attrs=attributes
     )
     gpu = GPUTarget(platform, int(arch) if platform == "cuda" else arch, warp_size)
-    compiled = triton.compile(source, target=gpu, options={"num_warps": warps})
+    more = fused_options(warps) if kernel == "update" and platform == "cuda" else {}
+    compiled = triton.compile(source, target=gpu, options={"num_warps": warps, **more})
 
     pointers = rf"tt\.addptr .* : tensor<{block}x!tt\.ptr<\w+>>, tensor<{block}x(i\d+)>"
     offsets = re.findall(pointers, compiled.asm["ttir"])

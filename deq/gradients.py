@@ -292,7 +292,8 @@ def _depends_on_more_than_z(f_star: Tensor) -> bool:
         if node is None or node in seen or node.name() == f"{_Source.__name__}Backward":
             continue
         seen.add(node)
-        if not node.next_functions:
+        # A checkpoint of the reentrant kind hides what is inside from the graph. If it is asked for J^T u, it says so.
+        if not node.next_functions or node.name() == "CheckpointFunctionBackward":
             return True
         nodes.extend(parent for parent, _ in node.next_functions)
     return False
@@ -306,7 +307,8 @@ def recorded(f: FixedPointMap, z: Tensor) -> Tensor:
 
 def _repeatable_backward() -> contextlib.AbstractContextManager[Any]:
     """A compiled cell's backward frees what it was given unless it is compiled otherwise, and the adjoint solve asks
-    for many products with one evaluation.
+    for many products with one evaluation. Where it is compiled for several batch sizes, PyTorch looks again when it is
+    called.
     """
     if "torch._functorch.config" not in sys.modules:  # nothing is compiled in this process
         return contextlib.nullcontext()
@@ -369,7 +371,8 @@ def adjoint_map(f_star: Tensor, z: Tensor, right_side: Tensor) -> FixedPointMap:
     def mapped(u: Tensor) -> Tensor:
         # Only z is asked for, so that no weight gradient is computed here. A cell that does not use z has J = 0.
         product: Tensor
-        (product,) = torch.autograd.grad(f_star, z, u, retain_graph=True, materialize_grads=True)
+        with _repeatable_backward():
+            (product,) = torch.autograd.grad(f_star, z, u, retain_graph=True, materialize_grads=True)
         return product + right_side
 
     return mapped

@@ -135,7 +135,9 @@ class LayerGraphs:
             # First, so that the memory of the oldest is there for the newest.
             while len(self._recorded) >= self.capacity:
                 self._recorded.popitem(last=False)
-            self._recorded[key] = record()
+            # What is recorded in inference mode is replayed outside, too, where its tensors could not be written to.
+            with torch.inference_mode(False):
+                self._recorded[key] = record()
         return self._recorded[key]
 
 
@@ -165,5 +167,7 @@ def _key(cell: object, *tensors: Tensor) -> Hashable:
         _Same(cell),
         tuple((id(module), module.training) for module in modules),
         tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors),
-        tuple(tensor.data_ptr() for tensor in fixed if tensor is not None),
+        tuple(
+            (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in fixed if tensor is not None
+        ),
     )

@@ -7,6 +7,7 @@ by the cell: two uses of one layer hold two sets, and nothing is left when the g
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -124,26 +125,44 @@ class _Masks:
         return mask[self._index]
 
 
-class _Value(nn.Module):
-    """Stands where a parametrisation stood, and is its value."""
+class _StandIn(nn.Module):
+    """Stands where a parametrisation stood: its value in the threads that hold one, the computation in others."""
 
-    def __init__(self, value: Tensor) -> None:
+    def __init__(self, computed: nn.Module) -> None:
         super().__init__()
-        self._value = value
+        self.computed = (computed,)  # not a module of this one
+        self.values: dict[int, list[Tensor]] = {}
 
     def forward(self) -> Tensor:
-        return self._value
+        held = self.values.get(threading.get_ident())
+        value: Tensor = held[-1] if held else self.computed[0]()
+        return value
+
+
+_swapping = threading.Lock()
 
 
 @contextmanager
-def _stands_in(parametrizations: nn.ModuleDict, name: str, value: _Value, index: Tensor | None) -> Iterator[None]:
-    """The value of a weight instead of its computation, for one evaluation of f, whichever samples it is for."""
-    computed = parametrizations[name]
-    parametrizations[name] = value
+def _stands_in(parametrizations: nn.ModuleDict, name: str, value: Tensor, index: Tensor | None) -> Iterator[None]:
+    """The value of a weight instead of its computation, for one evaluation of f, whichever samples it is for.
+
+    Threads may evaluate one cell at the same time: the last to leave puts the parametrisation back.
+    """
+    here = threading.get_ident()
+    with _swapping:
+        found = parametrizations[name]
+        stand_in = found if isinstance(found, _StandIn) else _StandIn(found)
+        stand_in.values.setdefault(here, []).append(value)
+        parametrizations[name] = stand_in
     try:
         yield
     finally:
-        parametrizations[name] = computed
+        with _swapping:
+            stand_in.values[here].pop()
+            if not stand_in.values[here]:
+                del stand_in.values[here]
+            if not stand_in.values:
+                parametrizations[name] = stand_in.computed[0]
 
 
 def hold(cell: object, batch_size: int, *, cuda_graph: bool = False) -> Hold:
@@ -186,8 +205,7 @@ def hold(cell: object, batch_size: int, *, cuda_graph: bool = False) -> Hold:
             parametrizations = cast(nn.ModuleDict, module.parametrizations)
             for weight, computed in parametrizations.items():
                 if not cuda_graph:
-                    value = _Value(getattr(module, weight))
-                    contexts.append(partial(_stands_in, parametrizations, weight, value))
+                    contexts.append(partial(_stands_in, parametrizations, weight, getattr(module, weight)))
                 elif any(part.training and next(part.buffers(), None) is not None for part in computed.children()):
                     raise ValueError(
                         f"cuda_graph=True computes the cell's {name}.{weight} in every evaluation, but its "

@@ -220,7 +220,8 @@ class DEQ(nn.Module):
         found = self.last_solution = account(solution)
         self.last_adjoint = None
         if not torch.is_grad_enabled():
-            return Equilibrium(found.z, tuple(map(unpacked, states)), f_of_states)
+            # A copy, as with a gradient: what is returned is the caller's to write to, the account is not.
+            return Equilibrium(unpacked(solution.z.clone()), tuple(map(unpacked, states)), f_of_states)
 
         def record(adjoint: Solution) -> None:
             # A layer used twice in one graph keeps the accounts of its last use, both of them.

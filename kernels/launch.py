@@ -80,6 +80,18 @@ def fused_shape(
     return block, max(1, threads // warp_size)
 
 
+def fused_options(warps: int) -> dict[str, int]:
+    """What else to tell an NVIDIA compiler of ``_update``.
+
+    Before Triton 3.8 its assembler spills some of the registers of a program of _FUSED_THREADS in order to have two of
+    them on a multiprocessor at once, unless it is told that a thread may have all of its 128.
+    """
+    return {"maxnreg": 128} if _ASSEMBLER_SPILLS and warps * 32 == _FUSED_THREADS else {}
+
+
+_ASSEMBLER_SPILLS = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
+
+
 def split_key(window: int, itemsize: Bytes) -> str:
     """The entry for the two-launch update."""
     return f"split, {triton.next_power_of_2(window)} rows, {_bytes(itemsize)}"

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from .launch import device_key, fused_dim, fused_shape, split_shape, warp_size
+from .launch import device_key, fused_dim, fused_options, fused_shape, split_shape, warp_size
 from .state import (
     BLOW,
     DROP_FAR,
@@ -764,6 +764,7 @@ class TritonBackend:
                     UNDAMPED=undamped,
                     **of_system,
                     **shared,
+                    **({} if INTERPRETED or torch.version.hip is not None else fused_options(warps)),
                 )
                 return
             if self._partial is None:

@@ -94,6 +94,11 @@ class _BroydenIteration(Books):
         self._best_residual = torch.full_like(self.residual, torch.inf)
 
     def step(self, x: Tensor, fx: Tensor, index: Tensor | None) -> Tensor:
+        # Autocast is for f: in half precision the products here lose the secant equation, or overflow.
+        with torch.autocast(x.device.type, enabled=False):
+            return self._step(x, fx, index)
+
+    def _step(self, x: Tensor, fx: Tensor, index: Tensor | None) -> Tensor:
         samples = torch.arange(len(x), device=x.device) if index is None else index
         stays = self.enter(x, fx, index)[:, None]
         self._keep_best(x, samples)

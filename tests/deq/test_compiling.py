@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +38,22 @@ def test_a_compiled_cell_has_the_gradients_of_the_cell() -> None:
     for expected, got in zip(cell.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(got.grad, expected.grad, rtol=1e-3, atol=1e-6)
     assert torch._functorch.config.donated_buffer is donated_buffer, "the process's setting is left as it was"
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_compiled_cell_may_meet_several_batch_sizes(compact: bool) -> None:
+    # The last batch of an epoch is smaller, and compaction leaves fewer and fewer samples.
+    torch._dynamo.reset()
+    cell = Cell()
+    compiled = copy.deepcopy(cell)
+    compiled.compile()
+    for samples in (9, 4, 9):
+        x = torch.randn(samples, 8) * torch.logspace(0, -3, samples)[:, None]
+        for one in (cell, compiled):
+            one.zero_grad()
+            DEQ(one, solver=Anderson(tol=1e-6, compact=compact))(x).square().sum().backward()
+        for expected, got in zip(cell.parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(got.grad, expected.grad, rtol=1e-3, atol=1e-5)
 
 
 class TwoScales(nn.Module):

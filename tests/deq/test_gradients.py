@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from deq import DEQ
 from deq.gradients import Gradient, Implicit, JacobianFree, Phantom, Unrolled
@@ -395,6 +396,34 @@ def test_the_output_may_be_modified_in_place() -> None:
     out.relu_().sum().backward()
     assert torch.equal(layer.last_solution.z, kept)
     assert x.grad is not None
+    with torch.no_grad():
+        out = layer(x)
+    out.zero_()
+    assert torch.equal(layer.last_solution.z, kept)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_reentrant_checkpoint_in_the_cell_is_refused_and_the_other_kind_gives_the_gradient() -> None:
+    # The reentrant kind hides its parameters from the graph: a layer that trusts the graph trains nothing.
+    linear = nn.Linear(6, 6).double()
+
+    def gradient_of(reentrant: bool | None) -> Tensor:
+        def block(z: Tensor, x: Tensor) -> Tensor:
+            return torch.tanh(0.3 * linear(z) + x)
+
+        def cell(z: Tensor, x: Tensor) -> Tensor:
+            found: Tensor = block(z, x) if reentrant is None else checkpoint(block, z, x, use_reentrant=reentrant)
+            return found
+
+        x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(2, 6)
+        linear.zero_grad()
+        DEQ(cell, solver=TIGHT)(x).sum().backward()
+        assert linear.weight.grad is not None
+        return linear.weight.grad
+
+    torch.testing.assert_close(gradient_of(False), gradient_of(None))
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        gradient_of(True)
 
 
 @each_gradient

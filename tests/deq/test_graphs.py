@@ -180,6 +180,26 @@ def test_a_parameter_that_was_replaced_is_recorded_anew(recorders: list[Replayin
     recorded_anew(change, recorders)
 
 
+def test_a_parameter_of_other_strides_at_the_same_place_is_recorded_anew(recorders: list[ReplayingRecorder]) -> None:
+    def change(deq: DEQ) -> None:
+        assert isinstance(deq.cell, Cell)
+        deq.cell.linear.weight.data = deq.cell.linear.weight.data.t()
+
+    recorded_anew(change, recorders)
+
+
+def test_what_inference_mode_records_serves_training_too(recorders: list[ReplayingRecorder]) -> None:
+    deq = layer(Cell(), cuda_graph=True)
+    x = torch.randn(2, 12)
+    with torch.inference_mode():
+        inferred = deq(x)
+    assert torch.equal(deq(x), inferred)
+    assert len(recorders) == 1
+    assert_same(deq, layer(deq.cell, cuda_graph=False), x)
+    with torch.inference_mode():
+        assert torch.equal(deq(x), inferred)
+
+
 def test_another_cell_is_recorded_anew(recorders: list[ReplayingRecorder]) -> None:
     def change(deq: DEQ) -> None:
         deq.cell = Cell()

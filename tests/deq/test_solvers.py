@@ -339,6 +339,28 @@ def test_solves_leave_no_graph_behind_and_work_in_inference_mode(solver: Solver)
     assert torch.equal(inferred.z, solution.z)
 
 
+@pytest.mark.parametrize("memory", [1, 2])
+def test_broyden_with_hardly_any_memory(memory: int) -> None:
+    f = affine(0.5)
+    solution = Broyden(tol=1e-6, max_iter=100, memory=memory).solve(f, f.zero)
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.residual, relative_residual(solution.z, f(solution.z)), rtol=1e-6, atol=0)
+
+
+def test_under_autocast_broyden_takes_the_same_steps() -> None:
+    f = affine(0.9).to(torch.float32).scaled(1e6)
+    solver = Broyden(tol=1e-5, max_iter=300)
+    expected = solver.solve(f, f.zero)
+
+    def in_float32(z: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return f(z)
+
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = solver.solve(in_float32, f.zero)
+    assert torch.equal(found.z, expected.z)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_states_reach_what_their_rounding_allows(dtype: torch.dtype) -> None:
     f = affine(0.5).to(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -397,6 +398,42 @@ def test_an_error_in_the_cell_leaves_its_parametrisation_and_dropout_as_they_wer
         DEQ(cell)(torch.zeros(2, 6, dtype=torch.float64))
     assert cell.linear.parametrizations.weight is computed  # type: ignore[union-attr]
     assert cell.dropout._masks is None
+
+
+def test_two_threads_in_one_cell_leave_its_parametrisation_in_place() -> None:
+    entered, joined, left = threading.Event(), threading.Event(), threading.Event()
+
+    class Meeting(Normed):
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            if threading.current_thread() is threading.main_thread():
+                entered.set()
+                joined.wait(30)
+            else:
+                joined.set()
+                left.wait(30)
+            return super().forward(z, x)
+
+    cell = Meeting(parametrizations.weight_norm)
+    computed = cell.linear.parametrizations.weight  # type: ignore[union-attr]
+    layer, x = DEQ(cell, Forward(max_iter=1)), torch.randn(2, 6, dtype=torch.float64)
+    found = []
+
+    @torch.no_grad()
+    def solve() -> None:
+        found.append(layer(x))
+
+    def join() -> None:
+        entered.wait(30)
+        solve()
+
+    other = threading.Thread(target=join)
+    other.start()
+    solve()
+    left.set()
+    other.join()
+    assert cell.linear.parametrizations.weight is computed  # type: ignore[union-attr]
+    assert torch.equal(*found)
+    assert cell.computations == 2, "each solve holds a weight of its own"
 
 
 @pytest.mark.usefixtures("triton_launches_are_recorded")

@@ -141,6 +141,8 @@ def solvers(device: torch.device) -> dict[str, Run]:
     runs: dict[str, Run] = {
         "forward iteration": ours(lambda tol, cap: Forward(tol=tol, max_iter=cap)),
         "forward iteration, compact": ours(lambda tol, cap: Forward(tol=tol, max_iter=cap, compact=True)),
+        "plain Anderson m = 5": ours(lambda tol, cap: Anderson(window=5, adaptive=False, tol=tol, max_iter=cap)),
+        "plain Anderson m = 10": ours(lambda tol, cap: Anderson(window=10, adaptive=False, tol=tol, max_iter=cap)),
         "Anderson m = 5": ours(lambda tol, cap: Anderson(window=5, tol=tol, max_iter=cap)),
         "Anderson m = 10": ours(lambda tol, cap: Anderson(window=10, tol=tol, max_iter=cap)),
         "Anderson m = 10, compact": ours(lambda tol, cap: Anderson(window=10, tol=tol, max_iter=cap, compact=True)),
@@ -152,6 +154,7 @@ def solvers(device: torch.device) -> dict[str, Run]:
 
 
 RECORDED = ", CUDA graphs"
+MINE = ("Anderson", "plain Anderson", "forward")
 
 
 def recorded_solvers(problem: Problem, tol: float, cap: int) -> dict[str, Run]:
@@ -271,10 +274,10 @@ def draw(traces: dict[str, dict[str, list[tuple[float, float]]]], tol: float, pa
     figure, axes = plt.subplots(lines, columns, figsize=(11, 3.3 * lines), squeeze=False)
     for panel, (name, curves) in zip(axes.flat, traces.items(), strict=False):
         for label, curve in curves.items():
-            mine = label.startswith(("Anderson", "forward"))
+            mine = label.startswith(MINE)
             panel.plot(*zip(*curve, strict=True), label=label, linewidth=2.2 if mine else 1.1, alpha=1 if mine else 0.8)
         panel.axhline(tol, color="0.6", linewidth=0.8, linestyle="--")
-        longest = max(curve[-1][0] for label, curve in curves.items() if label.startswith(("Anderson", "forward")))
+        longest = max(curve[-1][0] for label, curve in curves.items() if label.startswith(MINE))
         panel.set(title=name, yscale="log", xlim=(0, 1.6 * longest), xlabel="seconds", ylabel="mean relative residual")
         panel.spines[["top", "right"]].set_visible(False)
     for panel in axes.flat[len(traces) :]:

@@ -179,7 +179,8 @@ _LIMITS = {
     "check_every": _COUNT,
     "cuda_graph": _FLAG,
     "memory": _COUNT,
-    "adaptive": _FLAG,
+    "adaptive": _FLAG._replace(null=True),
+    "patience": _Limit(_INT, lambda value: value >= 0, "an integer of at least 0"),
     "history_dtype": _one_of("bfloat16")._replace(null=True),
     "regularization": _one_of(*get_args(Regularization)),
     "ridge": _Limit(_NUMBER, lambda value: 0 <= value < math.inf, "a number of at least 0", null=True),
@@ -196,7 +197,7 @@ _LIMITS = {
     "optim.weight_decay": _Limit(_NUMBER, lambda value: 0 <= value < math.inf, "a number of at least 0"),
     "optim.schedule": _one_of(*SCHEDULES),
 }
-_SOLVER_ALONE = ("check_every", "memory", "adaptive", "history_dtype", "ridge", "backend")
+_SOLVER_ALONE = ("check_every", "patience", "memory", "adaptive", "history_dtype", "ridge", "backend")
 _TOP_LEVEL = [name for name in _LIMITS if name not in _SOLVER_ALONE]
 
 

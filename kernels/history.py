@@ -31,7 +31,7 @@ def allocate(owner: object, size: int, device: torch.device) -> Tensor:
     if kept is not None and len(kept) == size:
         history = kept
     else:
-        history = torch.empty(size, dtype=torch.uint8)
+        history = torch.empty(size, device=device, dtype=torch.uint8)
         ask_for_large_pages(history)
     # Inference tensors cannot be written to outside inference mode, so that they are not passed on.
     if not history.is_inference():

@@ -86,6 +86,12 @@ times the lowest. A minimum of ||g|| which is no solution holds Anderson's metho
 BLOW = 2.0
 
 
+def track_progress(residual: Tensor, lowest: Tensor, stalled: Tensor) -> tuple[Tensor, Tensor]:
+    """The relative residual that counted as progress last, and the steps since then, after one more: all (n,)."""
+    progress = residual < PROGRESS * lowest
+    return torch.where(progress, residual, lowest), torch.where(progress, 0, stalled + 1)
+
+
 class Carried(IntEnum):
     """Columns of what a step hands to the next, :attr:`WindowState.carried`."""
 

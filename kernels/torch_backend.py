@@ -18,7 +18,6 @@ from .state import (
     FAR,
     LARGEST_RELAXATION,
     NEAR,
-    PROGRESS,
     PROMISE,
     RELAXATION_FAR,
     RELAXATION_NEAR,
@@ -30,6 +29,7 @@ from .state import (
     WindowState,
     accumulator_dtype,
     residual_of_norms,
+    track_progress,
 )
 
 
@@ -42,6 +42,11 @@ class TorchBackend:
         return window >= 1
 
     def step(self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, index: Tensor | None) -> None:
+        # Autocast is for f: products and the mix would be taken in half precision.
+        with torch.autocast(x.device.type, enabled=False):
+            self._step(state, x, fx, out, index)
+
+    def _step(self, state: WindowState, x: Tensor, fx: Tensor, out: Tensor, index: Tensor | None) -> None:
         samples = torch.arange(len(x), device=x.device) if index is None else index
         moving = state.outcome[samples] == 0
         if bool(moving.all()):
@@ -176,8 +181,7 @@ def _weigh(
     carried = state.carried[samples, steps % 2]
     predicted, relaxation, lowest, stalled = carried.unbind(dim=1)
 
-    progress = residual < PROGRESS * lowest
-    lowest, stalled = torch.where(progress, residual, lowest), torch.where(progress, 0.0, stalled + 1)
+    lowest, stalled = track_progress(residual, lowest, stalled)
     row_residual = state.row_residual[samples, :rows]
     valid = in_use & (row_residual >= 0) & (row_residual < torch.inf)
     kept = valid
@@ -193,7 +197,7 @@ def _weigh(
         factor = RELAXATION_NEAR + (RELAXATION_FAR - RELAXATION_NEAR) * (residual / NEAR).clamp(max=1.0).sqrt()
         best = factor * relaxation * (predicted - gain) / (predicted - 2 * gain + squared)
         follows = best.clamp(SMALLEST_RELAXATION, LARGEST_RELAXATION)
-        relaxation = torch.where(torch.isfinite(best), follows, relaxation)
+        relaxation = torch.where(torch.isfinite(best) & finite, follows, relaxation)
 
         limit = torch.where(residual > FAR, DROP_FAR**2, DROP_NEAR**2)
         near = kept & (newest | (diagonal <= (limit * squared)[:, None]))
@@ -233,7 +237,7 @@ def _solve(state: WindowState, H: Tensor, valid: Tensor) -> tuple[Tensor, Tensor
     S = torch.where(valid, diagonal.rsqrt() if state.scaled else torch.ones_like(diagonal), 0.0)
     A = torch.where(valid[:, :, None] & valid[:, None, :], S[:, :, None] * H * S[:, None, :], 0.0)
     # A row that takes no part gets a one on the diagonal and a zero on the right: its weight is zero.
-    A.diagonal(dim1=1, dim2=2).add_(torch.where(valid, state.ridge, 1.0))
+    A.diagonal(dim1=1, dim2=2).add_(torch.where(valid, torch.full_like(diagonal, state.ridge), 1.0))
     w = S * torch.linalg.solve_ex(A, S).result
     total = w.sum(dim=1)
     return w / total[:, None], total

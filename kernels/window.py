@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import history, native_backend
-from .state import FIRST_CARRIED, Backend, BackendName, WindowState, accumulator_dtype
+from .state import FIRST_CARRIED, Backend, BackendName, Carried, WindowState, accumulator_dtype
 from .torch_backend import TorchBackend
 
 Regularization = Literal["scaled", "absolute"]
@@ -167,6 +167,8 @@ class AndersonWindow:
                 f"history_dtype must be torch.bfloat16 for a torch.float32 state, or the state's own, got "
                 f"{rows_dtype} for a {dtype} state"
             )
+        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 0:
+            raise ValueError(f"patience must be a whole number of steps, at least 0, got {patience!r} (0: no end to it)")
         if tol is not None and not tol >= 0.0:
             raise ValueError(f"tol must be at least 0, got {tol} (None never freezes a sample)")
         home = torch.device(device) if device is not None else torch.get_default_device()
@@ -220,6 +222,13 @@ class AndersonWindow:
     def frozen(self) -> Tensor:
         """(B,) bool, new each time: samples that :meth:`step` leaves alone from now on."""
         return self._state.outcome != 0
+
+    @property
+    def stalled(self) -> Tensor:
+        """(B,) float64: steps since the relative residual last fell by a twentieth."""
+        state = self._state
+        samples = torch.arange(len(state.iterations), device=state.iterations.device)
+        return state.carried[samples, state.iterations.long() % 2, Carried.STALLED]
 
     @property
     def restarts(self) -> Tensor:
@@ -296,6 +305,9 @@ class AndersonWindow:
         elif not out.is_contiguous() or out.is_neg():
             what = "a lazily negated view" if out.is_neg() else f"strides {out.stride()}"
             raise ValueError(f"out must be contiguous, got {what} (give a tensor of its own)")
+        for name, tensor in (("x", x), ("fx", fx)):
+            if tensor.data_ptr() != out.data_ptr() and torch._C._overlaps(tensor, out):
+                raise ValueError(f"out overlaps {name} in part: give {name} itself or a tensor of its own")
         self._backend.step(state, _as_stored(x), _as_stored(fx), out, index)
         if not out.is_inference():
             # Kernels write past autograd's eyes: what it saved of ``out`` before must not pass for up to date.

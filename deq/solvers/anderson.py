@@ -18,16 +18,18 @@ from .base import Solver
 class Anderson(Solver):
     """Anderson acceleration with a window of m iterates; see :class:`kernels.AndersonWindow` for the formula.
 
-    Each iteration costs one evaluation of f and one update of 2m + 4 passes over the state.
+    Each iteration costs one evaluation of f and one update of 3m + 5 passes over the state, 2m + 4 if not adaptive.
 
     Args:
         window: m, at least 1 (1 is the damped forward iteration).
         beta: mixing parameter in (0, 1]; 1 mixes the values f_i, smaller values pull towards the iterates x_i.
-        tol, max_iter, stop, compact, check_every: see :class:`~deq.solvers.base.Solver`.
+        tol, max_iter, stop, compact, check_every, patience: see :class:`~deq.solvers.base.Solver`.
         regularization: ``scaled`` (unaffected by the scale of f) or ``absolute`` (what TorchDEQ and jaxopt do).
         ridge: strength of the regularisation; default 1e-6 for ``scaled``, 1e-4 for ``absolute``.
-        adaptive: let each sample choose its mixing parameter, from beta to 2 beta, and drop rows that the map has left
-            behind; see :class:`kernels.AndersonWindow`. Off, it is the method of the textbooks.
+        adaptive: let each sample lengthen or shorten its steps by what the last one brought, drop rows that were taken
+            where the map has another slope, and step forward out of a stall; see :class:`kernels.AndersonWindow`. Off,
+            it is the method of the textbooks. Default: on where ``scaled``, off where ``absolute``, which is there to
+            compare.
         history_dtype: ``bfloat16`` keeps the residual rows of a float32 state in half the memory and traffic, see
             :class:`kernels.AndersonWindow`; default: the state's.
         backend: ``auto``, ``triton``, ``native`` or ``torch``.
@@ -44,11 +46,11 @@ class Anderson(Solver):
         (tensor(0.7391), True, tensor([True, True]))
     """
 
-    window: int = 5
+    window: int = 10
     beta: float = 1.0
     regularization: Regularization = "scaled"
     ridge: float | None = None
-    adaptive: bool = False
+    adaptive: bool | None = None
     history_dtype: Literal["bfloat16"] | torch.dtype | None = None
     backend: BackendName = "auto"
 
@@ -61,8 +63,8 @@ class Anderson(Solver):
             ridge=self.ridge,
             backend=self.backend,
         )
-        if not isinstance(self.adaptive, bool):
-            raise ValueError(f"adaptive must be true or false, got {self.adaptive!r}")
+        if self.adaptive not in (None, True, False):
+            raise ValueError(f"adaptive must be true, false or left out, got {self.adaptive!r}")
         if self.history_dtype not in (None, "bfloat16", torch.bfloat16):
             raise ValueError(f"history_dtype must be 'bfloat16' or left out, got {self.history_dtype!r}")
 
@@ -79,9 +81,10 @@ class Anderson(Solver):
             backend=self.backend,
             regularization=self.regularization,
             ridge=self.ridge,
-            adaptive=self.adaptive,
+            adaptive=self.regularization == "scaled" if self.adaptive is None else self.adaptive,
             # Under the mean test every sample goes on lowering the mean until all stop together.
             tol=self.tol if self.stop == "max" else None,
+            patience=self.patience,
         )
         return _AndersonIteration(window, self)
 
@@ -91,12 +94,18 @@ class _AndersonIteration:
 
     def __init__(self, window: AndersonWindow, solver: Anderson) -> None:
         self._window, self._solver = window, solver
-        self.residual, self.frozen, self.iterations = window.residual, window.frozen, window.iterations
+        self.residual, self.outcome, self.iterations = window.residual, window.outcome, window.iterations
+        self.restarts, self.fallbacks = window.restarts, window.fallbacks
+
+    @property
+    def stalled(self) -> Tensor:
+        """(B,) float64, see :class:`~deq.solvers.base.Iteration`."""
+        return self._window.stalled
 
     def step(self, x: Tensor, fx: Tensor, index: Tensor | None) -> Tensor:
         x_next = self._window.step(x, fx, out=x, index=index)
         if self._solver.stop == "mean":
-            self.frozen |= self._solver.mean_is_met(self.residual, self.frozen)
+            self._solver.stop_at_mean(self.residual, self.outcome)
         return x_next
 
     def best(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeVar
 
-from kernels import residual_norm
-from kernels.state import accumulator_dtype, on_device
+from kernels import Outcome, residual_norm
+from kernels.state import FAR, PATIENCE, accumulator_dtype, on_device, track_progress
 
 from .plotting import plot_residuals
 from .state import Nest, Packing, flatten, unflatten
@@ -54,6 +54,13 @@ class Solution(Generic[State]):
     """Evaluations of f summed over the samples that took part in each: B x evaluations without compaction."""
     converged: Tensor
     """(B,) bool: residual <= tol. With ``history_dtype=bfloat16`` both are those of rounded residual rows."""
+    outcome: Tensor
+    """(B,) uint8: why each sample stopped, an :class:`~deq.solvers.Outcome`; :attr:`outcomes` counts them by name."""
+    restarts: Tensor
+    """(B,) int32: how often an adaptive window started anew because there was no progress, or Broyden's memory was
+    full."""
+    fallbacks: Tensor
+    """(B,) int32: plain damped steps, taken since a system could not be solved or f was not finite."""
     trace: Tensor | None = None
     """(K, B) residual after each of the K evaluations, with ``solve(..., trace=True)``."""
     states: tuple[State, ...] = ()
@@ -65,6 +72,12 @@ class Solution(Generic[State]):
     def idle_evaluations(self) -> int:
         """Evaluations in which no sample moved: what it cost that the host looked late, or not every time."""
         return self.evaluations - int(self.iterations.max())
+
+    @property
+    def outcomes(self) -> dict[str, int]:
+        """Samples by how they ended: ``{"converged": 30, "stagnated": 2}``, the most frequent first."""
+        counts = {name.name.lower(): int((self.outcome == name).sum()) for name in Outcome}
+        return {name: count for name, count in sorted(counts.items(), key=lambda item: -item[1]) if count}
 
     def plot(self, ax: Any | None = None, *, label: str | None = None) -> Any:
         """Draws the relative residual against evaluations of f, on a log axis; needs ``solve(..., trace=True)``.
@@ -92,10 +105,15 @@ class Solution(Generic[State]):
 
     def __repr__(self) -> str:
         count, total = int(self.converged.sum()), self.converged.numel()
+        others = "".join(
+            f", {number} {'at ' if name == 'max_iter' else ''}{name}"
+            for name, number in self.outcomes.items()
+            if name != "converged"
+        )
         leaves, skeleton = flatten(self.z, "z")
         shapes = unflatten(skeleton, [tuple(leaf.shape) for leaf in leaves])
         return (
-            f"Solution({count} of {total} converged, {self.evaluations} evaluations, "
+            f"Solution({count} of {total} converged{others}, {self.evaluations} evaluations, "
             f"iterations {_spread(self.iterations.float(), '.0f')}, residual {_spread(self.residual, '.1e')}, "
             f"z {shapes} {leaves[0].dtype})"
         )
@@ -119,8 +137,20 @@ class Iteration(Protocol):
         """(B,) relative residual of the x last given."""
 
     @property
-    def frozen(self) -> Tensor:
-        """(B,) bool: samples that are left alone from now on."""
+    def outcome(self) -> Tensor:
+        """(B,) uint8: 0 for a sample that moves, else the :class:`Outcome` for which it is left alone from now on."""
+
+    @property
+    def stalled(self) -> Tensor:
+        """(B,): steps since the relative residual last fell by a twentieth."""
+
+    @property
+    def restarts(self) -> Tensor:
+        """(B,) int32: see :class:`Solution`."""
+
+    @property
+    def fallbacks(self) -> Tensor:
+        """(B,) int32: see :class:`Solution`."""
 
     @property
     def iterations(self) -> Tensor:
@@ -160,12 +190,16 @@ class Solver(ABC):
     after every ``check_every`` evaluations; a larger number saves it some work where f is very cheap, and costs up to
     ``check_every - 1`` evaluations more (``solution.idle_evaluations``). What is found is the same.
 
+    A sample that is far from a solution, at a relative residual above 0.1, and has not come nearer by a twentieth in
+    ``patience`` evaluations is taken to diverge and given up: frozen, and returned at the best iterate at hand.
+
     Args:
         tol: at least 0; 1e-2 to 1e-6 are usual.
         max_iter: evaluations of f at most, at least 1.
         stop: ``max`` or ``mean``.
         compact: leave samples that have converged out of the evaluations.
         check_every: evaluations between two looks at who still moves, at least 1.
+        patience: evaluations, or 0 to go on to ``max_iter`` in any case.
 
     Raises:
         ValueError: for an option outside its limits.
@@ -173,7 +207,7 @@ class Solver(ABC):
     Example:
         >>> from deq.solvers import Forward
         >>> Forward(tol=1e-4, stop="mean")
-        Forward(tol=0.0001, max_iter=50, stop='mean', compact=False, check_every=1, beta=1.0)
+        Forward(tol=0.0001, max_iter=50, stop='mean', compact=False, check_every=1, patience=20, beta=1.0)
         >>> Forward(max_iter=0)
         Traceback (most recent call last):
         ValueError: max_iter must be at least 1, got 0
@@ -184,6 +218,7 @@ class Solver(ABC):
     stop: Stop = "max"
     compact: bool = False
     check_every: int = 1
+    patience: int = PATIENCE
 
     def __post_init__(self) -> None:
         """Raises ValueError, naming value, limit and fix."""
@@ -195,6 +230,10 @@ class Solver(ABC):
             raise ValueError(f"max_iter must be at least 1, got {self.max_iter}")
         if isinstance(self.check_every, bool) or not isinstance(self.check_every, int) or self.check_every < 1:
             raise ValueError(f"check_every must be a whole number of evaluations, at least 1, got {self.check_every!r}")
+        if isinstance(self.patience, bool) or not isinstance(self.patience, int) or self.patience < 0:
+            raise ValueError(
+                f"patience must be a whole number of evaluations, at least 0, got {self.patience!r} (0 never gives up)"
+            )
         if self.stop not in get_args(Stop):
             raise ValueError(f"stop must be one of {get_args(Stop)}, got {self.stop!r}")
         if not isinstance(self.compact, bool):
@@ -289,32 +328,46 @@ class Solver(ABC):
                 states.append(_put(x_all, x, index).clone().view(z0.shape))
             if evaluations % self.check_every != 0:
                 continue
-            left = moving.count(iteration.frozen)
+            left = moving.count(iteration.outcome)
             if left == 0:
                 break
             if self.compact and restrict is not None and left <= _COMPACT_AT * x.shape[0]:
                 x_all = _put(x_all, x, index)
                 # Samples that move come first; should one have frozen since they were counted, it is along for a while.
-                index = torch.argsort(iteration.frozen, stable=True)[:left].sort().values
+                index = torch.argsort(iteration.outcome != 0, stable=True)[:left].sort().values
                 x = x_all[index]
                 f = restrict(index)
         z, residual = iteration.best(_put(x_all, x, index))
+        found = self.account(iteration, z.view(z0.shape), residual, evaluations, sample_evaluations)
+        return replace(found, trace=torch.stack(residuals) if trace else None, states=tuple(states))
+
+    def account(
+        self, iteration: Iteration, z: Tensor, residual: Tensor, evaluations: int, sample_evaluations: int
+    ) -> Solution:
+        """The solution at the end of an iteration, whose own tensors may be written to afterwards."""
+        converged = residual <= self.tol
+        outcome = iteration.outcome.clone()
+        outcome[(outcome == Outcome.MAX_ITER) & (iteration.stalled >= PATIENCE)] = Outcome.STAGNATED
+        outcome[converged] = Outcome.CONVERGED
         return Solution(
-            z=z.view(z0.shape),
+            z=z,
             residual=residual,
             iterations=iteration.iterations.clone(),
             evaluations=evaluations,
             sample_evaluations=sample_evaluations,
-            converged=residual <= self.tol,
-            trace=torch.stack(residuals) if trace else None,
-            states=tuple(states),
+            converged=converged,
+            outcome=outcome,
+            restarts=iteration.restarts.clone(),
+            fallbacks=iteration.fallbacks.clone(),
             tol=self.tol,
         )
 
-    def mean_is_met(self, residual: Tensor, frozen: Tensor) -> Tensor:
-        """() bool: whether the mean test ends the solve. residual, frozen: (B,)."""
-        # Samples whose f is not finite are given up and frozen; they do not keep the others from stopping.
-        return torch.where(frozen, 0.0, residual).sum() / (~frozen).sum() <= self.tol
+    def stop_at_mean(self, residual: Tensor, outcome: Tensor) -> None:
+        """Ends the solve of all samples that move, in ``outcome``, where their mean meets the test. Both (B,)."""
+        # Samples that were given up are left out; they do not keep the others from stopping.
+        moving = outcome == 0
+        met = torch.where(moving, residual, 0.0).sum() / moving.sum() <= self.tol
+        outcome.masked_fill_(moving & met, Outcome.MEAN_MET)
 
 
 def validate_start(z0: Tensor) -> None:
@@ -339,31 +392,39 @@ class Books:
         self._solver = solver
         batch_size = x.shape[0]
         self.residual = torch.full((batch_size,), torch.inf, dtype=accumulator_dtype(x.dtype), device=x.device)
-        self.frozen = torch.zeros(batch_size, dtype=torch.bool, device=x.device)
-        self.iterations = torch.zeros(batch_size, dtype=torch.int32, device=x.device)
+        self.lowest = self.residual.clone()
+        self.outcome = torch.zeros(batch_size, dtype=torch.uint8, device=x.device)
+        self.iterations, self.stalled, self.restarts, self.fallbacks = torch.zeros(
+            4, batch_size, dtype=torch.int32, device=x.device
+        )
 
     def enter(self, x: Tensor, fx: Tensor, index: Tensor | None) -> Tensor:
         """Takes an evaluation, x and fx (n, d), into account; returns which of these samples stay at x, (n,) bool."""
         part = slice(None) if index is None else index
-        active = ~self.frozen[part]
+        solver, before = self._solver, self.outcome[part]
+        active = before == 0
         self.iterations[part] += active
         residual = torch.where(active, residual_norm(x, fx), self.residual[part])
         self.residual[part] = residual
-        frozen = ~active | ~torch.isfinite(residual)
-        if self._solver.stop == "max":
-            frozen |= residual <= self._solver.tol
-        self.frozen[part] = frozen
-        if self._solver.stop == "mean":
+        lowest, stalled = track_progress(residual, self.lowest[part], self.stalled[part])
+        self.lowest[part], self.stalled[part] = lowest, stalled
+        now = torch.where(torch.isfinite(residual), 0, Outcome.NON_FINITE).to(before.dtype)
+        if solver.patience:
+            now.masked_fill_((stalled >= solver.patience) & (lowest > FAR) & (now == 0), Outcome.DIVERGED)
+        if solver.stop == "max":
+            now.masked_fill_(residual <= solver.tol, Outcome.CONVERGED)
+        self.outcome[part] = torch.where(active, now, before)
+        if solver.stop == "mean":
             # Before the step, so that what is frozen stays at the iterate that its residual belongs to.
-            self.frozen |= self._solver.mean_is_met(self.residual, self.frozen)
-            frozen = self.frozen[part]
-        return frozen
+            solver.stop_at_mean(self.residual, self.outcome)
+        return self.outcome[part] != 0
 
     def reset(self) -> None:
         """As new, in the same memory."""
         self.residual.fill_(torch.inf)
-        self.frozen.zero_()
-        self.iterations.zero_()
+        self.lowest.fill_(torch.inf)
+        for tensor in (self.outcome, self.iterations, self.stalled, self.restarts, self.fallbacks):
+            tensor.zero_()
 
 
 _COMPACT_AT = 0.75
@@ -385,9 +446,9 @@ class MovingSamples:
             self._events = (torch.cuda.Event(), torch.cuda.Event())
             self._reads = 0
 
-    def count(self, frozen: Tensor) -> int:
-        """frozen: (B,) bool."""
-        moving = (~frozen).sum()
+    def count(self, outcome: Tensor) -> int:
+        """outcome: (B,) uint8, 0 for samples that move."""
+        moving = (outcome == 0).sum()
         if not self._late:
             return int(moving)
         now = self._reads % 2

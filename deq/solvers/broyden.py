@@ -101,6 +101,8 @@ class _BroydenIteration(Books):
     def _step(self, x: Tensor, fx: Tensor, index: Tensor | None) -> Tensor:
         samples = torch.arange(len(x), device=x.device) if index is None else index
         stays = self.enter(x, fx, index)[:, None]
+        full = (self.iterations[samples] > 2) & ((self.iterations[samples] - 2) % self._memory == 0)
+        self.restarts[samples] += full & ~stays[:, 0]
         self._keep_best(x, samples)
         here = x.to(self._dtype)
         g = fx.to(self._dtype) - here

@@ -167,7 +167,7 @@ class CapturedSolve:
 
     def _look(self) -> None:
         self._count.add_(1)
-        self._going.copy_((~self._iteration.frozen).any() & (self._count < self._solver.max_iter))
+        self._going.copy_((self._iteration.outcome == 0).any() & (self._count < self._solver.max_iter))
 
     def _whole(self, recorder: Recorder) -> None:
         self._begin()
@@ -210,17 +210,9 @@ class CapturedSolve:
             while evaluations < self._solver.max_iter:
                 self._replay_iteration()
                 evaluations += 1
-                if evaluations % self._solver.check_every == 0 and moving.count(self._iteration.frozen) == 0:
+                if evaluations % self._solver.check_every == 0 and moving.count(self._iteration.outcome) == 0:
                     break
             self._finish()
         # The next call writes over all of this.
-        residual = self._residual.clone()
-        return Solution(
-            z=self._z.clone().view(self._shape),
-            residual=residual,
-            iterations=self._iteration.iterations.clone(),
-            evaluations=evaluations,
-            sample_evaluations=evaluations * len(z0),
-            converged=residual <= self._solver.tol,
-            tol=self._solver.tol,
-        )
+        z, residual = self._z.clone().view(self._shape), self._residual.clone()
+        return self._solver.account(self._iteration, z, residual, evaluations, evaluations * len(z0))

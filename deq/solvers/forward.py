@@ -16,7 +16,7 @@ class Forward(Solver):
 
     Args:
         beta: damping in (0, 1]; 1 is the plain iteration ``x_next = f(x)``.
-        tol, max_iter, stop, compact, check_every: see :class:`~deq.solvers.base.Solver`.
+        tol, max_iter, stop, compact, check_every, patience: see :class:`~deq.solvers.base.Solver`.
 
     Raises:
         ValueError: for an option outside its limits.

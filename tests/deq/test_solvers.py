@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_iteration_counts_are_those_of_a_float64_qr_anderson(rho: float, lowest:
     f = affine(rho, lowest=lowest * rho)
     for window in range(1, 11):
         expected = qr_anderson_iterations(f, f.zero, window=window, tol=1e-6, max_iter=2000)
-        got = Anderson(window=window, tol=1e-6, max_iter=2000).solve(f, f.zero)
+        got = Anderson(window=window, adaptive=False, tol=1e-6, max_iter=2000).solve(f, f.zero)
         assert got.converged.all()
         allowed = torch.clamp(expected * 0.1, min=1.0)
         assert ((got.iterations - expected).abs() <= allowed).all(), (window, got.iterations, expected)
@@ -398,7 +399,11 @@ def test_a_map_that_passes_through_zero_is_not_given_up(
         assert solution.converged.all()
         torch.testing.assert_close(solution.z, torch.full((1, 3), shift / (1 - slope)), rtol=1e-3, atol=0)
     else:
-        assert solution.evaluations == solver.max_iter, "an oscillation goes on to the cap"
+        assert solution.outcomes == {"diverged": 1}, "an oscillation that comes no nearer"
+        assert solution.evaluations == solver.patience + 1
+        patient = replace(solver, patience=0).solve(lambda z: slope * z + shift, torch.full((1, 3), start))
+        assert patient.evaluations == solver.max_iter
+        assert patient.outcomes == {"stagnated": 1}
 
 
 @pytest.mark.parametrize("kind", [Anderson, Broyden, Forward])

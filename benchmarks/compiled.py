@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels import triton_backend
-from kernels.launch import Bytes, fused_dim, fused_options, fused_shape, split_shape
+from kernels.launch import Bytes, fused_dim, fused_options, fused_shape, mix_options, split_shape
 
 WINDOWS = (2, 5, 10, 16)
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
@@ -75,7 +75,7 @@ def compile_kernel(
     if kernel == "update":
         block, warps = fused_shape(dim, window, warp_size, itemsize=itemsize)
     else:
-        block, _, warps = split_shape(dim, window, warp_size, itemsize=itemsize)
+        block, _, warps = split_shape(dim, window, warp_size, itemsize=itemsize, adaptive=adaptive)
     constants: dict[str, Any] = {
         "WINDOW": window,
         "ACCUMULATOR": tl.float64 if dtype == torch.float64 else tl.float32,
@@ -85,7 +85,7 @@ def compile_kernel(
     }
     function = {"push": triton_backend._push, "mix": triton_backend._mix, "update": triton_backend._update}[kernel]
     if kernel != "mix":
-        constants |= {"UNDAMPED": not adaptive}
+        constants |= {"UNDAMPED": True}
     if kernel == "mix":
         constants |= {"FINISH_BLOCKS": triton_backend._FINISH_BLOCKS}
     if kernel != "push":
@@ -105,13 +105,13 @@ def compile_kernel(
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             kind = {
-                "frozen_ptr": "u8",
+                "outcome_ptr": "u8",
+                "tally_ptr": "i32",
                 "iterations_ptr": "i32",
                 "pushed_ptr": "i32",
                 "index_ptr": "i64",
                 "partial_ptr": "fp64",
-                "relaxation_ptr": "fp64",
-                "combined_ptr": "fp64",
+                "carried_ptr": "fp64",
                 "H_ptr": "fp64",
             }.get(name, accumulator)
             signature[name] = "*" + (state if name in of_state else rows if name == "G_ptr" else kind)
@@ -126,7 +126,8 @@ def compile_kernel(
         function, signature, constexprs={(names.index(k),): v for k, v in constants.items()}, attrs=attributes
     )
     gpu = GPUTarget(platform, int(arch) if platform == "cuda" else arch, warp_size)
-    more = fused_options(warps) if kernel == "update" and platform == "cuda" else {}
+    more = {"update": fused_options(warps, itemsize), "mix": mix_options(adaptive, itemsize), "push": {}}[kernel]
+    more = more if platform == "cuda" else {}
     compiled = triton.compile(source, target=gpu, options={"num_warps": warps, **more})
 
     pointers = rf"tt\.addptr .* : tensor<{block}x!tt\.ptr<\w+>>, tensor<{block}x(i\d+)>"
@@ -146,9 +147,10 @@ def compile_kernel(
     return Compiled(**common, **counts)
 
 
-def dims_of(kernel: str, window: int, itemsize: Bytes) -> list[int]:
+def dims_of(kernel: str, window: int, itemsize: Bytes, adaptive: bool = False) -> list[int]:
     """The states that a kernel is compiled for."""
-    return sorted({1024, fused_dim(window, itemsize)}) if kernel == "update" else [49_152]
+    largest = fused_dim(window, itemsize, adaptive)
+    return sorted({min(1024, largest), largest}) if kernel == "update" else [49_152]
 
 
 _TYPE_NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -213,7 +215,7 @@ def main() -> None:
         for target in options.targets
         for window in options.windows
         for kernel in KERNELS
-        for dim in dims_of(kernel, window, (dtype.itemsize, history_dtype.itemsize))
+        for dim in dims_of(kernel, window, (dtype.itemsize, history_dtype.itemsize), options.adaptive)
     ]
     if options.json:
         print(json.dumps([asdict(row) for row in rows]))

@@ -34,31 +34,38 @@ _ROW_REGISTERS = 60
 """Of a thread's 128, where there are _FUSED_THREADS of them: for the rows of the history that are on their way."""
 
 
-def fused_dim(window: int, itemsize: Bytes = FP32) -> int:
+def fused_dim(window: int, itemsize: Bytes = FP32, adaptive: bool = False) -> int:
     """Elements of a state up to which one program handles a whole sample in one launch, a power of two.
 
     Such a program has x, f, g, y and all rows of the window in its registers, or on their way there: beyond this, the
-    compiler spills (tests/kernels/test_compiled.py).
+    compiler spills (tests/kernels/test_compiled.py). An adaptive window has its residual rows on their way twice.
     """
-    fitting = _FUSED_THREADS * _ROW_REGISTERS * 4 // (window * max(itemsize))
+    fitting = _FUSED_THREADS * _ROW_REGISTERS * 4 // (window * max(itemsize)) // (2 if adaptive else 1)
     return min(_LARGEST_FUSED, 1 << (fitting.bit_length() - 1))
 
 
 def split_shape(
-    dim: int, window: int = 1, warp_size: int = 32, *, itemsize: Bytes = FP32, device: str = ""
+    dim: int,
+    window: int = 1,
+    warp_size: int = 32,
+    *,
+    itemsize: Bytes = FP32,
+    device: str = "",
+    adaptive: bool = False,
 ) -> tuple[int, int, int]:
     """(BLOCK elements of a program, blocks of a sample, warps of a program) for a state of ``dim`` elements.
 
     By rule a thread handles 16 elements for up to 8 rows and 8 beyond, half of that in float64: all rows of a block are
     in flight at once in ``_mix``, and this keeps it clear of 255 registers and of spills, at 16 bytes an access for
-    every dtype. 8 also where the residual rows are narrower than the state: with 16, ``_push`` spills on NVIDIA 80.
+    every dtype. 8 also where the residual rows are narrower than the state: with 16, ``_push`` spills on NVIDIA 80; and
+    for adaptive windows, whose ``_mix`` has twice as many rows in flight and for which no shapes are measured yet.
     """
-    found = _look_up(device, split_key(window, itemsize))
+    found = None if adaptive else _look_up(device, split_key(window, itemsize))
     if found is not None and dim > fused_dim(window, itemsize):
         block, warps = found
     else:
         block = min(1024, max(16, triton.next_power_of_2(dim)))
-        elements = 16 if window <= 8 and itemsize[0] == itemsize[1] else 8
+        elements = 16 if window <= 8 and itemsize[0] == itemsize[1] and not adaptive else 8
         elements = elements // 2 if itemsize[0] == 8 else elements
         warps = max(1, block // elements // warp_size)
     return block, triton.cdiv(dim, block), warps
@@ -80,16 +87,29 @@ def fused_shape(
     return block, max(1, threads // warp_size)
 
 
-def fused_options(warps: int) -> dict[str, int]:
+def mix_options(adaptive: bool, itemsize: Bytes = FP32) -> dict[str, int]:
+    """What else to tell an NVIDIA compiler of ``_mix``: that two histories may be on their way at once. By itself its
+    assembler spills a few of the registers so that more programs fit on a multiprocessor; in float64 it does not.
+    """
+    return {"maxnreg": 168} if adaptive and itemsize[0] < 8 else {}
+
+
+def fused_options(warps: int, itemsize: Bytes = FP32) -> dict[str, int]:
     """What else to tell an NVIDIA compiler of ``_update``.
 
-    Before Triton 3.8 its assembler spills some of the registers of a program of _FUSED_THREADS in order to have two of
-    them on a multiprocessor at once, unless it is told that a thread may have all of its 128.
+    Its assembler spills some of the registers of a program in order to have more of them on a multiprocessor at once,
+    unless it is told that one is enough: for states that are not float32 on any target, and before Triton 3.8 wherever
+    a program has _FUSED_THREADS.
     """
-    return {"maxnreg": 128} if _ASSEMBLER_SPILLS and warps * 32 == _FUSED_THREADS else {}
+    spills = itemsize[0] != 4 or (_OLD_ASSEMBLER and warps * 32 == _FUSED_THREADS)
+    return {"maxnreg": min(255, _REGISTERS // (warps * 32))} if spills else {}
 
 
-_ASSEMBLER_SPILLS = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
+_REGISTERS = 65_536
+"""Of an NVIDIA multiprocessor."""
+
+
+_OLD_ASSEMBLER = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
 
 
 def split_key(window: int, itemsize: Bytes) -> str:

@@ -32,7 +32,16 @@ def residual_of_norms(g_norm: Tensor, f_norm: Tensor, dtype: torch.dtype) -> Ten
 
 
 class Outcome(IntEnum):
-    """How a sample's solve ended; a window tells the first four apart while it runs."""
+    """How a sample's solve ended; a window tells the first four apart while it runs.
+
+    Example:
+        >>> import torch
+        >>> from kernels import AndersonWindow, Outcome
+        >>> window = AndersonWindow(batch_size=2, dim=1, tol=1e-3)
+        >>> _ = window.step(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [3.0]]))
+        >>> [Outcome(code).name for code in window.outcome.tolist()]
+        ['CONVERGED', 'MAX_ITER']
+    """
 
     MAX_ITER = 0
     """It would have gone on (in a window: it still moves)."""

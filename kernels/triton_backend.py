@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from .launch import device_key, fused_dim, fused_options, fused_shape, split_shape, warp_size
+from .launch import device_key, fused_dim, fused_options, fused_shape, mix_options, split_shape, warp_size
 from .state import (
     BLOW,
     DROP_FAR,
@@ -172,7 +172,8 @@ def _add_up(
     ADAPTIVE: tl.constexpr,
     FINISH_BLOCKS: tl.constexpr,
 ):
-    """The new Gram row, ||f||^2 and the product with the last combined residual of one sample, in one order: (ROWS,), () and () float64."""
+    """The new Gram row, ||f||^2 and the product with the last combined residual of one sample, in one order: (ROWS,), ()
+    and () float64."""
     h = tl.zeros((ROWS,), tl.float64)
     f_squared = tl.zeros((), tl.float64)
     gain = tl.zeros((), tl.float64)
@@ -287,7 +288,6 @@ def _weigh(
     converged = residual <= tl.full((), tol, ACCUMULATOR)
 
     carried = carried_ptr + (sample * 2 + steps % 2) * 4
-    relaxation = tl.load(carried + 1)
     lowest = tl.load(carried + 2)
     stalled = tl.load(carried + 3)
     wide_residual = residual.to(tl.float64)
@@ -308,7 +308,9 @@ def _weigh(
         S = 1.0 / tl.sqrt(H_diagonal)
     wide_ridge = tl.full((), ridge, tl.float64)
     longer = tl.zeros((), ACCUMULATOR)
+    relaxation = tl.full((), 1.0, tl.float64)
     if ADAPTIVE:
+        relaxation = tl.load(carried + 1)
         blown = (stalled >= _STALL) & (wide_residual > lowest * _BLOW)
         lowest = tl.where(blown, wide_residual, lowest)
         stalled = tl.where(blown, 0.0, stalled)
@@ -402,8 +404,9 @@ def _keep_books(
     tl.store(residual_ptr + sample, residual)
     tl.store(iterations_ptr + sample, steps + 1)
     carried = carried_ptr + (sample * 2 + (steps + 1) % 2) * 4
-    tl.store(carried, predicted)
-    tl.store(carried + 1, relaxation)
+    if ADAPTIVE:
+        tl.store(carried, predicted)
+        tl.store(carried + 1, relaxation)
     tl.store(carried + 2, lowest)
     tl.store(carried + 3, stalled)
     if outcome != 0:
@@ -411,13 +414,14 @@ def _keep_books(
 
 
 @triton.jit
-def _longer_step(alpha, longer, G_here, element, stride, WINDOW: tl.constexpr, ROWS: tl.constexpr):
+def _longer_step(alpha, longer, G_ptr, first_row, element, stride, WINDOW: tl.constexpr, ROWS: tl.constexpr):
     """``longer * sum_i alpha_i g_i`` at ``element``; nothing is read where ``longer`` is 0."""
     row = tl.arange(0, ROWS)
     combined = tl.zeros(element.shape, alpha.dtype)
     for i in tl.static_range(WINDOW):
         weight = longer * tl.sum(tl.where(row == i, alpha, 0.0), axis=0)
-        g = tl.load(G_here + i * stride, mask=element < tl.where(weight != 0.0, stride, 0), other=0.0)
+        G_row = G_ptr + (first_row + i) * stride + element
+        g = tl.load(G_row, mask=element < tl.where(weight != 0.0, stride, 0), other=0.0)
         combined += weight * g.to(alpha.dtype)
     return combined
 
@@ -542,7 +546,7 @@ def _mix(
         y = tl.load(Y_row, mask=element < tl.where(weight != 0.0, stride, 0), other=0.0)
         mixed += weight * y.to(ACCUMULATOR)
     if ADAPTIVE:
-        mixed += _longer_step(alpha, longer, G_ptr + sample * WINDOW * stride + element, element, stride, WINDOW, ROWS)
+        mixed += _longer_step(alpha, longer, G_ptr, sample * WINDOW, element, stride, WINDOW, ROWS)
     tl.store(out_here, mixed.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -682,8 +686,7 @@ def _update(
         newest = tl.where(row == slot, alpha, 0.0)
         weight = longer * tl.sum(newest, axis=0)
         mixed += tl.where(weight != 0.0, weight * g, 0.0)
-        G_here = G_ptr + first_row * stride + element
-        mixed += _longer_step(alpha - newest, longer, G_here, element, stride, WINDOW, ROWS)
+        mixed += _longer_step(alpha - newest, longer, G_ptr, first_row, element, stride, WINDOW, ROWS)
     tl.store(out_here, mixed.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -730,11 +733,15 @@ class TritonBackend:
         batch_size, window, dim = state.G.shape
         lanes, name = warp_size(x.device), _device_key(x.device)
         itemsize = (x.element_size(), state.G.element_size())
-        fused = dim <= (fused_dim(window, itemsize) if self._largest_fused is None else self._largest_fused)
+        fused = dim <= (
+            fused_dim(window, itemsize, state.adaptive) if self._largest_fused is None else self._largest_fused
+        )
         if fused:
             block, warps = fused_shape(dim, window, lanes, itemsize=itemsize, device=name)
         else:
-            block, blocks, warps = split_shape(dim, window, lanes, itemsize=itemsize, device=name)
+            block, blocks, warps = split_shape(
+                dim, window, lanes, itemsize=itemsize, device=name, adaptive=state.adaptive
+            )
         shared: dict[str, Any] = {
             "WINDOW": window,
             "ACCUMULATOR": _TL_DTYPE[accumulator_dtype(x.dtype)],
@@ -756,6 +763,7 @@ class TritonBackend:
         )
         samples = state.outcome if index is None else index  # a pointer that is not read where there is no index
         undamped = state.beta == 1.0
+        nvidia = not INTERPRETED and torch.version.hip is None
         with on_device(x.device):
             if fused:
                 _update[(x.shape[0],)](
@@ -764,7 +772,7 @@ class TritonBackend:
                     UNDAMPED=undamped,
                     **of_system,
                     **shared,
-                    **({} if INTERPRETED or torch.version.hip is not None else fused_options(warps)),
+                    **(fused_options(warps, itemsize) if nvidia else {}),
                 )
                 return
             if self._partial is None:
@@ -796,6 +804,7 @@ class TritonBackend:
                 FINISH_BLOCKS=_FINISH_BLOCKS,
                 **of_system,
                 **shared,
+                **(mix_options(state.adaptive, itemsize) if nvidia else {}),
             )
 
     def residual_norm(self, x: Tensor, fx: Tensor) -> Tensor:

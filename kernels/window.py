@@ -168,7 +168,9 @@ class AndersonWindow:
                 f"{rows_dtype} for a {dtype} state"
             )
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 0:
-            raise ValueError(f"patience must be a whole number of steps, at least 0, got {patience!r} (0: no end to it)")
+            raise ValueError(
+                f"patience must be a whole number of steps, at least 0, got {patience!r} (0: no end to it)"
+            )
         if tol is not None and not tol >= 0.0:
             raise ValueError(f"tol must be at least 0, got {tol} (None never freezes a sample)")
         home = torch.device(device) if device is not None else torch.get_default_device()

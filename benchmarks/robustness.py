@@ -3,7 +3,8 @@
     python -m benchmarks.robustness --cell CELL.npz [CELL.npz ...]
 
 Problems: affine maps of spectral radius 0.9 and 0.99, one whose eigenvalues lie on both sides of zero, rotations and
-an expansion, on which forward iteration cannot converge, and for each trained cell (``python -m benchmarks.cell`` makes
+an expansion, on which forward iteration cannot converge, a map of spectral radius 1.5 that nothing here solves (what
+counts is how soon a solver returns), and for each trained cell (``python -m benchmarks.cell`` makes
 one) its equilibrium and its adjoint equation. A sample is solved at the first evaluation at which its relative residual
 is at the tolerance; one that never is counts as the cap. Every solver runs once, at the tighter tolerance.
 
@@ -82,6 +83,7 @@ def linear_problems(device: torch.device) -> list[Problem]:
         of_matrix("eight rotations, radius 1", rotations(16, 1.0), device),
         of_matrix("two rotations, radius 1.2", rotations(4, 1.2), device),
         of_matrix("four eigenvalues in -3 to -1.5, the rest in -0.9 to 0.9", with_spectrum(expanding), device),
+        of_matrix("128 rotations, radius 1.5", rotations(256, 1.5), device),
     ]
 
 
@@ -176,24 +178,28 @@ def main() -> None:
     for problem, linear, of_cell in problems(options.cell, device):
         tols, cap = (options.tols, options.cap) if of_cell else (options.linear_tols, options.linear_cap)
         first: dict[str, Tensor] = {}
+        calls: dict[str, str] = {}
         for name, run in runs.items():
             watch = Watched(problem, *tols)
             run(watch.f, problem.z0, watch.restrict, min(tols), cap)
-            first[name] = watch.first
+            first[name], calls[name] = watch.first, str(watch.calls)
         if linear:
             for name, restart in (("GMRES, all rows", None), ("GMRES(10)", 10)):
                 first[name] = gmres(problem, tols, cap, restart)
         for number, tol in enumerate(tols):
             needed = {name: evaluations_needed(seen[number], cap) for name, seen in first.items()}
-            rows += [[problem.name, f"{tol:g}", name, *numbers] for name, numbers in needed.items()]
+            rows += [
+                [problem.name, f"{tol:g}", name, *numbers, calls.get(name, "-")] for name, numbers in needed.items()
+            ]
             short.append([problem.name, f"{tol:g}", *(_best(needed, group) for group in GROUPS.values())])
             print(*short[-1], sep="  ", file=sys.stderr, flush=True)
     command = f"python -m benchmarks.robustness --cell {' '.join(path.name for path in options.cell)}"
     conditions = (
         f"Evaluations of f a sample, B = 32, float32: mean and 90th percentile, those that never came to the tolerance "
-        f"counted as the cap ({options.cap}; {options.linear_cap} for the linear maps), and their share."
+        f"counted as the cap ({options.cap}; {options.linear_cap} for the linear maps), and their share; evaluations of the "
+        "batch until the solver returned."
     )
-    head = ["problem", "tol", "solver", "mean", "90 %", "never"]
+    head = ["problem", "tol", "solver", "mean", "90 %", "never", "returned after"]
     show_and_save("robustness", command, conditions, head, rows, options.out)
     conditions = (
         "Mean evaluations (share never there). Of several windows or solvers, the best in each row. " + conditions

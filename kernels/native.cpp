@@ -126,7 +126,7 @@ struct Sample {
           residual(static_cast<T*>(w.residual) + b),
           G(static_cast<R*>(w.G) + b * w.window * w.stride),
           H(static_cast<double*>(w.H) + b * w.window * w.window),
-          carried(static_cast<double*>(w.carried) + 8 * b),
+          carried(static_cast<double*>(w.carried) + 10 * b),
           outcome(static_cast<uint8_t*>(w.outcome) + b),
           iterations(static_cast<int32_t*>(w.iterations) + b),
           tally(static_cast<int32_t*>(w.tally) + 2 * b) {}
@@ -309,7 +309,7 @@ bool finish(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled
     *s.residual = rounded;
     *s.iterations += 1;
     s.row_residual[slot] = finite ? rounded : infinity;
-    double* const carried = s.carried + 4 * (steps % 2);
+    double* const carried = s.carried + 5 * (steps % 2);
     double predicted = carried[0], relaxation = carried[1], lowest = carried[2], stalled = carried[3];
 
     if (residual < w.progress * lowest) {
@@ -318,17 +318,15 @@ bool finish(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled
     } else {
         stalled += 1.0;
     }
+    double held = std::min(carried[4] + 1.0, stalled);
     bool valid[MAX_WINDOW], kept[MAX_WINDOW], near[MAX_WINDOW];
     double alpha[MAX_WINDOW], total = 0.0;
     for (int64_t i = 0; i < filled; ++i)
         kept[i] = valid[i] = s.row_residual[i] >= T(0) && s.row_residual[i] < infinity;
     if (w.adaptive) {
-        if (stalled >= w.stall && residual > w.blow * lowest) {
-            lowest = residual;
-            stalled = 0.0;
-        }
-        s.tally[0] += stalled == w.stall;
-        if (stalled >= w.stall && finite)
+        if (held >= w.stall && residual > w.blow * lowest) held = 0.0;
+        s.tally[0] += held == w.stall;
+        if (held >= w.stall && finite)
             for (int64_t i = 0; i < filled; ++i) kept[i] = valid[i] && i == slot;
         double gain = 0.0;
         for (int64_t i = 0; i < filled; ++i) {
@@ -371,11 +369,12 @@ bool finish(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled
     }
     for (int64_t i = 0; i < filled; ++i) s.weights[i] = static_cast<T>(alpha[i]);
     *factor = solved ? relaxation : 1.0;
-    double* const next = s.carried + 4 * ((steps + 1) % 2);
+    double* const next = s.carried + 5 * ((steps + 1) % 2);
     next[0] = solved ? 1.0 / total : std::numeric_limits<double>::infinity();
     next[1] = relaxation;
     next[2] = lowest;
     next[3] = stalled;
+    next[4] = held;
     const bool recovers = before < filled && valid[before];
     if (rounded <= static_cast<T>(w.tol))
         *s.outcome = CONVERGED;

@@ -89,8 +89,9 @@ PROMISE = 0.65
 between there and here makes their promise worthless; where it is affine, they promise, and keep, much more."""
 
 STALL = 8
-"""Steps without progress after which forward steps are taken, until there is progress or the residual is above BLOW
-times the lowest. A minimum of ||g|| which is no solution holds Anderson's method; forward iteration drifts past it."""
+"""Steps without progress after which forward steps are taken, until there is progress, or the residual is above BLOW
+times the lowest and it is Anderson's turn for as many. A minimum of ||g|| which is no solution holds Anderson's method;
+forward iteration drifts past it."""
 
 BLOW = 2.0
 
@@ -112,9 +113,11 @@ class Carried(IntEnum):
     """The relative residual that counted as progress last."""
     STALLED = 3
     """Steps since then."""
+    HELD = 4
+    """Steps since then, or since forward steps were given up: what :data:`STALL` counts."""
 
 
-FIRST_CARRIED = (math.inf, 1.0, math.inf, 0.0)
+FIRST_CARRIED = (math.inf, 1.0, math.inf, 0.0, 0.0)
 
 
 @dataclass
@@ -147,7 +150,7 @@ class WindowState:
     """(B, 2) int32: how often forward steps began because there was no progress, and steps that fell back to a plain
     damped one because the system could not be solved or f was not finite."""
     carried: Tensor
-    """(B, 2, 4) float64: what the last step hands on, see :class:`Carried`, in plane k mod 2 after k steps. Two planes,
+    """(B, 2, 5) float64: what the last step hands on, see :class:`Carried`, in plane k mod 2 after k steps. Two planes,
     so that no program of a launch reads what another one writes."""
     beta: float
     adaptive: bool

@@ -179,17 +179,17 @@ def _weigh(
     newest = row == slot[:, None]
     residual = state.residual[samples].double()
     carried = state.carried[samples, steps % 2]
-    predicted, relaxation, lowest, stalled = carried.unbind(dim=1)
+    predicted, relaxation, lowest, stalled, held = carried.unbind(dim=1)
 
     lowest, stalled = track_progress(residual, lowest, stalled)
+    held = torch.minimum(held + 1, stalled)
     row_residual = state.row_residual[samples, :rows]
     valid = in_use & (row_residual >= 0) & (row_residual < torch.inf)
     kept = valid
     if state.adaptive:
-        blown = (stalled >= STALL) & (residual > BLOW * lowest)
-        lowest, stalled = torch.where(blown, residual, lowest), torch.where(blown, 0.0, stalled)
-        forward = (stalled >= STALL) & finite
-        state.tally[samples, 0] += (stalled == STALL).int()
+        held = torch.where((held >= STALL) & (residual > BLOW * lowest), 0.0, held)
+        forward = (held >= STALL) & finite
+        state.tally[samples, 0] += (held == STALL).int()
         kept = valid & (newest | ~forward[:, None])
 
         diagonal = torch.diagonal(H, dim1=1, dim2=2)
@@ -220,7 +220,7 @@ def _weigh(
     alpha = torch.where(finite[:, None], alpha, before.to(alpha.dtype)).to(state.weights.dtype)
     state.tally[samples, 1] += (~solved).int()
     state.carried[samples, (steps + 1) % 2] = torch.stack(
-        [torch.where(solved, 1.0 / total, torch.inf), relaxation, lowest, stalled], dim=1
+        [torch.where(solved, 1.0 / total, torch.inf), relaxation, lowest, stalled, held], dim=1
     )
     outcome = torch.zeros_like(state.outcome[samples])
     if state.patience:

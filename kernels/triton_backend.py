@@ -172,8 +172,8 @@ def _add_up(
     ADAPTIVE: tl.constexpr,
     FINISH_BLOCKS: tl.constexpr,
 ):
-    """The new Gram row, ||f||^2 and the product with the last combined residual of one sample, in one order: (ROWS,), ()
-    and () float64."""
+    """The new Gram row, ||f||^2 and the product with the last combined residual of one sample, in one order: (ROWS,),
+    () and () float64."""
     h = tl.zeros((ROWS,), tl.float64)
     f_squared = tl.zeros((), tl.float64)
     gain = tl.zeros((), tl.float64)
@@ -270,7 +270,8 @@ def _weigh(
     ACCUMULATOR: tl.constexpr,
 ):
     """From the new Gram row to the weights: (alpha (ROWS,), beta (r - 1) (), residual (), row residuals (ROWS,),
-    outcome () int, what the next step is told (predicted, relaxation, lowest, stalled), whether the system was solved).
+    outcome () int, what the next step is told (predicted, relaxation, lowest, stalled, held), whether the system was
+    solved).
 
     Every program of a sample finds the same, whether the first has already written what it found or not: ``carried`` is
     read in one plane and written in the other, and a row that was dropped stays dropped.
@@ -287,7 +288,7 @@ def _weigh(
     residual = tl.where(finite, tl.where(ratio < LARGEST, ratio, LARGEST), float("nan")).to(ACCUMULATOR)
     converged = residual <= tl.full((), tol, ACCUMULATOR)
 
-    carried = carried_ptr + (sample * 2 + steps % 2) * 4
+    carried = carried_ptr + (sample * 2 + steps % 2) * 5
     lowest = tl.load(carried + 2)
     stalled = tl.load(carried + 3)
     wide_residual = residual.to(tl.float64)
@@ -309,12 +310,12 @@ def _weigh(
     wide_ridge = tl.full((), ridge, tl.float64)
     longer = tl.zeros((), ACCUMULATOR)
     relaxation = tl.full((), 1.0, tl.float64)
+    held = tl.zeros((), tl.float64)
     if ADAPTIVE:
         relaxation = tl.load(carried + 1)
-        blown = (stalled >= _STALL) & (wide_residual > lowest * _BLOW)
-        lowest = tl.where(blown, wide_residual, lowest)
-        stalled = tl.where(blown, 0.0, stalled)
-        forward = (stalled >= _STALL) & finite
+        held = tl.minimum(tl.load(carried + 4) + 1.0, stalled)
+        held = tl.where((held >= _STALL) & (wide_residual > lowest * _BLOW), 0.0, held)
+        forward = (held >= _STALL) & finite
         kept = valid & (newest | (forward == 0))
 
         predicted = tl.load(carried)
@@ -355,7 +356,7 @@ def _weigh(
     outcome = tl.where(diverged, _DIVERGED, 0)
     outcome = tl.where((finite == 0) & (recovers == 0), _NON_FINITE, outcome)
     outcome = tl.where(converged, _CONVERGED, outcome)
-    return alpha, longer, residual, row_residual, outcome, predicted, relaxation, lowest, stalled, solved
+    return alpha, longer, residual, row_residual, outcome, predicted, relaxation, lowest, stalled, held, solved
 
 
 @triton.jit
@@ -369,6 +370,7 @@ def _keep_books(
     relaxation,
     lowest,
     stalled,
+    held,
     solved,
     sample,
     steps,
@@ -393,7 +395,7 @@ def _keep_books(
     tl.store(H_here + row * WINDOW + slot, h, mask=in_use)
     if ADAPTIVE:  # rows may have been dropped
         tl.store(row_residual_ptr + sample * WINDOW + row, row_residual, mask=in_use)
-        if stalled == _STALL:
+        if held == _STALL:
             tl.store(tally_ptr + sample * 2, tl.load(tally_ptr + sample * 2) + 1)
     else:
         entry = tl.where(residual == residual, residual, float("inf"))
@@ -403,10 +405,11 @@ def _keep_books(
     tl.store(weights_ptr + sample * WINDOW + row, alpha, mask=in_use)
     tl.store(residual_ptr + sample, residual)
     tl.store(iterations_ptr + sample, steps + 1)
-    carried = carried_ptr + (sample * 2 + (steps + 1) % 2) * 4
+    carried = carried_ptr + (sample * 2 + (steps + 1) % 2) * 5
     if ADAPTIVE:
         tl.store(carried, predicted)
         tl.store(carried + 1, relaxation)
+        tl.store(carried + 4, held)
     tl.store(carried + 2, lowest)
     tl.store(carried + 3, stalled)
     if outcome != 0:
@@ -486,7 +489,7 @@ def _mix(
     in_use = (row <= steps) & (row < WINDOW)
     partial = partial_ptr + position * blocks * (WINDOW + 2)
     h, f_squared, gain = _add_up(partial, row, in_use, sums, WINDOW, ROWS, ADAPTIVE, FINISH_BLOCKS)
-    alpha, longer, residual, row_residual, outcome, predicted, relaxation, lowest, stalled, solved = _weigh(
+    alpha, longer, residual, row_residual, outcome, predicted, relaxation, lowest, stalled, held, solved = _weigh(
         h,
         f_squared,
         gain,
@@ -518,6 +521,7 @@ def _mix(
             relaxation,
             lowest,
             stalled,
+            held,
             solved,
             sample,
             steps,
@@ -622,7 +626,7 @@ def _update(
     if ADAPTIVE:
         last = tl.load(weights_ptr + first_row + row, mask=(row < WINDOW) & (row != slot), other=0.0).to(tl.float64)
         gain += tl.sum(tl.where(last != 0.0, last * h, 0.0), axis=0)
-    alpha, longer, residual, row_residual, outcome, predicted, relaxation, lowest, stalled, solved = _weigh(
+    alpha, longer, residual, row_residual, outcome, predicted, relaxation, lowest, stalled, held, solved = _weigh(
         h,
         f_squared,
         gain,
@@ -655,6 +659,7 @@ def _update(
         relaxation,
         lowest,
         stalled,
+        held,
         solved,
         sample,
         steps,

@@ -43,7 +43,7 @@ class AdaptiveReference:
         self.window, self.beta, self.relaxation = window, beta, 1.0
         self.rows: list[Row] = []
         """Oldest first."""
-        self.steps = self.stalled = self.restarts = self.drops = 0
+        self.steps = self.stalled = self.held = self.restarts = self.drops = 0
         self.lowest = self.predicted = math.inf
         self.combined: Tensor | None = None
 
@@ -60,11 +60,12 @@ class AdaptiveReference:
         self.stalled = 0 if residual < PROGRESS * self.lowest else self.stalled + 1
         if self.stalled == 0:
             self.lowest = residual
-        if self.stalled >= STALL and residual > BLOW * self.lowest:
-            self.stalled, self.lowest = 0, residual
-        if self.stalled >= STALL:
+        self.held = min(self.held + 1, self.stalled)
+        if self.held >= STALL and residual > BLOW * self.lowest:
+            self.held = 0
+        if self.held >= STALL:
             rows = [newest]
-        self.restarts += self.stalled == STALL
+        self.restarts += self.held == STALL
 
         if self.combined is not None:
             C, B = float(g.dot(g)), float(self.combined.dot(g))

@@ -196,8 +196,8 @@ def main() -> None:
     command = f"python -m benchmarks.robustness --cell {' '.join(path.name for path in options.cell)}"
     conditions = (
         f"Evaluations of f a sample, B = 32, float32: mean and 90th percentile, those that never came to the tolerance "
-        f"counted as the cap ({options.cap}; {options.linear_cap} for the linear maps), and their share; evaluations of the "
-        "batch until the solver returned."
+        f"counted as the cap ({options.cap}; {options.linear_cap} for the linear maps), and their share;"
+        "evaluations of the batch until the solver returned."
     )
     head = ["problem", "tol", "solver", "mean", "90 %", "never", "returned after"]
     show_and_save("robustness", command, conditions, head, rows, options.out)

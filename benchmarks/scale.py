@@ -33,6 +33,9 @@ def ours(make: Callable[[float, int, int], Solver]) -> Solve:
 SOLVERS: dict[str, Solve] = {
     "forward iteration": ours(lambda tol, cap, m: Forward(tol=tol, max_iter=cap)),
     "Anderson, scaled (ours, default)": ours(lambda tol, cap, m: Anderson(window=m, tol=tol, max_iter=cap)),
+    "Anderson, scaled, plain (ours)": ours(
+        lambda tol, cap, m: Anderson(window=m, adaptive=False, tol=tol, max_iter=cap)
+    ),
     "Anderson, absolute (ours)": ours(
         lambda tol, cap, m: Anderson(window=m, tol=tol, max_iter=cap, regularization="absolute")
     ),

@@ -1,8 +1,9 @@
-"""What is checked without running anything: lint, format, types, and that imports point one way."""
+"""What is checked without running anything: lint, format, types, import contracts, and the links of the README."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,3 +27,10 @@ def test_static_check_is_clean(check: str) -> None:
         [sys.executable, *CHECKS[check]], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_every_yes_of_the_features_table_links_to_a_test_that_exists() -> None:
+    links = re.findall(r"\[(?:yes|refused)\]\((\S+) \"(\w+)\"\)", (ROOT / "README.md").read_text())
+    assert len(links) > 30
+    missing = [(path, name) for path, name in links if f"def {name}(" not in (ROOT / path).read_text()]
+    assert missing == []

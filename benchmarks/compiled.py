@@ -73,7 +73,7 @@ def compile_kernel(
     warp_size = 32 if platform == "cuda" else 64
     itemsize = (dtype.itemsize, (dtype if history_dtype is None else history_dtype).itemsize)
     if kernel == "update":
-        block, warps = fused_shape(dim, window, warp_size, itemsize=itemsize)
+        block, warps = fused_shape(dim, window, warp_size, itemsize=itemsize, adaptive=adaptive)
     else:
         block, _, warps = split_shape(dim, window, warp_size, itemsize=itemsize, adaptive=adaptive)
     constants: dict[str, Any] = {

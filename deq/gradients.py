@@ -49,8 +49,8 @@ class Backward:
         >>> backward = Backward(Anderson(tol=1e-5), record=accounts.append)
         >>> x, z_star = torch.ones(2, 3, requires_grad=True), torch.full((2, 3), 2.0)
         >>> Implicit().attach(lambda z: 0.5 * z + x, z_star, backward).sum().backward()
-        >>> x.grad[0], accounts[0].converged  # 1 / (1 - 0.5)
-        (tensor([2.0000, 2.0000, 2.0000]), tensor([True, True]))
+        >>> x.grad.allclose(torch.tensor(2.0)), accounts[0].converged  # 1 / (1 - 0.5)
+        (True, tensor([True, True]))
     """
 
     solver: Solver

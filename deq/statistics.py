@@ -8,12 +8,18 @@ import torch
 from torch import Tensor
 
 from deq.layer import DEQ
-from deq.solvers import Solution, Solver
+from deq.solvers import Outcome, Solution, Solver
 
 
 def stopping_residual(solution: Solution, solver: Solver) -> Tensor:
-    """The scalar that the solver's stopping test compares with tol: the batch's largest or mean residual."""
-    return solution.residual.mean() if solver.stop == "mean" else solution.residual.max()
+    """What the solver's stopping test compares with tol: the batch's largest residual, or the mean over the samples
+    that were not given up (over all, where all were).
+    """
+    if solver.stop == "max":
+        return solution.residual.max()
+    given_up = (solution.outcome == Outcome.NON_FINITE) | (solution.outcome == Outcome.DIVERGED)
+    given_up &= ~given_up.all()
+    return torch.where(given_up, 0.0, solution.residual).sum() / (~given_up).sum()
 
 
 class Sums:

@@ -72,15 +72,21 @@ def split_shape(
 
 
 def fused_shape(
-    dim: int, window: int = 1, warp_size: int = 32, *, itemsize: Bytes = FP32, device: str = ""
+    dim: int,
+    window: int = 1,
+    warp_size: int = 32,
+    *,
+    itemsize: Bytes = FP32,
+    device: str = "",
+    adaptive: bool = False,
 ) -> tuple[int, int]:
     """(BLOCK elements of a program, warps of it) for ``_update`` on a state of ``dim`` elements.
 
     By rule a sample, which has one program only, is spread over as many threads as 16-byte accesses allow, up to
-    _FUSED_THREADS.
+    _FUSED_THREADS. No shapes are measured for adaptive windows yet.
     """
     block = max(16, triton.next_power_of_2(dim))
-    found = _look_up(device, fused_key(block, window, itemsize))
+    found = None if adaptive else _look_up(device, fused_key(block, window, itemsize))
     if found is not None:
         return block, found[1]
     threads = min(_FUSED_THREADS, block * min(itemsize) // 16)

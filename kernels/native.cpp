@@ -26,6 +26,7 @@ constexpr int64_t BLOCK = 2048;        // elements whose residual stays in the L
 constexpr int64_t PIECE = 16 * BLOCK;  // elements of one unit of work where there are fewer samples than threads
 constexpr int64_t MAX_WINDOW = 64;
 constexpr uint8_t CONVERGED = 1, NON_FINITE = 2, DIVERGED = 3;  // kernels.state.Outcome
+enum { PREDICTED, RELAXATION, LOWEST, STALLED, HELD, CARRIED };              // kernels.state.Carried, and their number
 constexpr int64_t CACHED = 64 << 20;   // bytes of history that caches may hold: above those of a desktop processor
 
 }  // namespace
@@ -126,7 +127,7 @@ struct Sample {
           residual(static_cast<T*>(w.residual) + b),
           G(static_cast<R*>(w.G) + b * w.window * w.stride),
           H(static_cast<double*>(w.H) + b * w.window * w.window),
-          carried(static_cast<double*>(w.carried) + 10 * b),
+          carried(static_cast<double*>(w.carried) + 2 * CARRIED * b),
           outcome(static_cast<uint8_t*>(w.outcome) + b),
           iterations(static_cast<int32_t*>(w.iterations) + b),
           tally(static_cast<int32_t*>(w.tally) + 2 * b) {}
@@ -309,8 +310,9 @@ bool finish(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled
     *s.residual = rounded;
     *s.iterations += 1;
     s.row_residual[slot] = finite ? rounded : infinity;
-    double* const carried = s.carried + 5 * (steps % 2);
-    double predicted = carried[0], relaxation = carried[1], lowest = carried[2], stalled = carried[3];
+    double* const carried = s.carried + CARRIED * (steps % 2);
+    double predicted = carried[PREDICTED], relaxation = carried[RELAXATION], lowest = carried[LOWEST],
+           stalled = carried[STALLED];
 
     if (residual < w.progress * lowest) {
         lowest = residual;
@@ -318,7 +320,7 @@ bool finish(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled
     } else {
         stalled += 1.0;
     }
-    double held = std::min(carried[4] + 1.0, stalled);
+    double held = std::min(carried[HELD] + 1.0, stalled);
     bool valid[MAX_WINDOW], kept[MAX_WINDOW], near[MAX_WINDOW];
     double alpha[MAX_WINDOW], total = 0.0;
     for (int64_t i = 0; i < filled; ++i)
@@ -336,7 +338,7 @@ bool finish(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled
         const double share = std::sqrt(std::min(residual / w.near, 1.0));
         const double best = (w.relaxation_near + (w.relaxation_far - w.relaxation_near) * share) * relaxation *
                             (predicted - gain) / (predicted - 2.0 * gain + sums[slot]);
-        if (std::isfinite(best)) relaxation = std::min(std::max(best, w.smallest_relaxation), w.largest_relaxation);
+        if (finite && std::isfinite(best)) relaxation = std::min(std::max(best, w.smallest_relaxation), w.largest_relaxation);
     }
     bool solved = finite && solve(w, s, filled, kept, alpha, &total);
     if (w.adaptive) {
@@ -347,7 +349,8 @@ bool finish(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled
             fewer = fewer || (kept[i] && !near[i]);
         }
         double other[MAX_WINDOW], total_of_fewer = 0.0;
-        if (fewer && sums[slot] > w.unpredicted * w.unpredicted * predicted) {
+        // No row may leave in a step that is not finite: it may be the one to step back to.
+        if (finite && fewer && sums[slot] > w.unpredicted * w.unpredicted * predicted) {
             const bool solved_too = solve(w, s, filled, near, other, &total_of_fewer);
             if (total_of_fewer > w.promise * w.promise * total) {
                 solved = finite && solved_too;
@@ -365,16 +368,15 @@ bool finish(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled
         std::fill(alpha, alpha + filled, 0.0);
         const int64_t row = finite ? slot : before;
         if (row < filled && valid[row]) alpha[row] = 1.0;
-        s.tally[1] += 1;
     }
     for (int64_t i = 0; i < filled; ++i) s.weights[i] = static_cast<T>(alpha[i]);
     *factor = solved ? relaxation : 1.0;
-    double* const next = s.carried + 5 * ((steps + 1) % 2);
-    next[0] = solved ? 1.0 / total : std::numeric_limits<double>::infinity();
-    next[1] = relaxation;
-    next[2] = lowest;
-    next[3] = stalled;
-    next[4] = held;
+    double* const next = s.carried + CARRIED * ((steps + 1) % 2);
+    next[PREDICTED] = solved ? 1.0 / total : std::numeric_limits<double>::infinity();
+    next[RELAXATION] = relaxation;
+    next[LOWEST] = lowest;
+    next[STALLED] = stalled;
+    next[HELD] = held;
     const bool recovers = before < filled && valid[before];
     if (rounded <= static_cast<T>(w.tol))
         *s.outcome = CONVERGED;
@@ -382,6 +384,7 @@ bool finish(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled
         *s.outcome = NON_FINITE;
     else if (w.patience > 0 && stalled >= static_cast<double>(w.patience) && lowest > w.far)
         *s.outcome = DIVERGED;
+    s.tally[1] += !solved && *s.outcome == 0;
     return *s.outcome == 0;
 }
 

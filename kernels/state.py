@@ -48,13 +48,14 @@ class Outcome(IntEnum):
     CONVERGED = 1
     """Its relative residual is at most tol."""
     NON_FINITE = 2
-    """f was NaN or infinite twice in a row, or at the first time with nothing to step back to."""
+    """f was NaN or infinite: twice in a row, or at the first time with nothing to step back to (always so for solvers
+    other than Anderson's)."""
     DIVERGED = 3
-    """Its relative residual stayed above :data:`FAR` and did not fall by a twentieth for ``patience`` steps."""
+    """Given up: its relative residual was above :data:`FAR` and did not fall by a twentieth in ``patience`` steps."""
     STAGNATED = 4
     """It would have gone on, but its relative residual had not fallen by a twentieth for 20 steps."""
     MEAN_MET = 5
-    """Its own relative residual is above tol, but the mean over the batch is not, and that was the test."""
+    """Its own relative residual is above tol, but the mean of those not given up is not, and that was the test."""
 
 
 PROGRESS = 0.95
@@ -71,9 +72,9 @@ PATIENCE = 20
 
 RELAXATION_FAR, RELAXATION_NEAR, NEAR = 1.5, 1.0, 1e-2
 """beta is multiplied by a factor r that is this many times the one that would have been best along the last step,
-``r (A - B) / (A - 2 B + C)`` with A = ||g_bar||^2, B = g_bar . g, C = ||g||^2: RELAXATION_NEAR as the relative residual
-goes to zero, RELAXATION_FAR from NEAR upwards, with its square root in between. Far from the solution, where the map
-bends, longer steps tell more of it."""
+``r (A - B) / (A - 2 B + C)`` with A = ||g_bar||^2 (and the ridge's part), B = g_bar . g, C = ||g||^2: RELAXATION_NEAR
+as the relative residual goes to zero, RELAXATION_FAR from NEAR upwards, with its square root in between. Far from the
+solution, where the map bends, longer steps tell more of it."""
 
 SMALLEST_RELAXATION, LARGEST_RELAXATION = 0.7, 2.0
 """Where r is clamped."""

@@ -143,19 +143,18 @@ def _advance(state: WindowState, samples: Tensor, x: Tensor, fx: Tensor, out: Te
     alpha, relaxation, stays = _weigh(state, samples, H[:, :rows, :rows], in_use, slot, steps, finite, gain)
     state.weights[samples, :rows] = torch.where(in_use, alpha, state.weights[samples, :rows])
     # One path for all cases, so that a sample's bits do not depend on what its neighbours do.
-    mixed = _combine(alpha, state.Y[:, :rows] if whole else state.Y[samples, :rows])
+    mixed = _combine(alpha, state.Y[:, :rows] if whole else state.Y[samples, :rows], in_use)
     longer = alpha * (state.beta * (relaxation - 1.0)).to(alpha.dtype)[:, None]
     if bool(longer.any()):
-        mixed += _combine(longer, state.G[:, :rows] if whole else state.G[samples, :rows])
+        mixed += _combine(longer, state.G[:, :rows] if whole else state.G[samples, :rows], in_use)
     torch.where(stays[:, None], x, mixed.to(out.dtype), out=out)
 
 
-def _combine(weights: Tensor, rows: Tensor) -> Tensor:
-    """``sum_i weights_i rows_i``: (n, rows), (n, rows, d) -> (n, d)."""
-    unused = weights == 0
-    if bool(unused.any()):
-        # 0 * NaN is NaN, and a row that was never written may hold one.
-        rows = torch.where(unused[:, :, None], 0, rows)
+def _combine(weights: Tensor, rows: Tensor, in_use: Tensor) -> Tensor:
+    """``sum_i weights_i rows_i`` over the rows that are in use: (n, rows), (n, rows, d), (n, rows) bool -> (n, d)."""
+    if not bool(in_use.all()):
+        # 0 * NaN is NaN, and a row that was never written may hold one. Those written hold none.
+        rows = torch.where(in_use[:, :, None], rows, 0)
     return torch.bmm(weights[:, None], rows.to(weights.dtype)).squeeze(1)
 
 
@@ -218,7 +217,6 @@ def _weigh(
     alpha = torch.where(solved[:, None], alpha, newest.to(alpha.dtype))
     before = (row == ((slot - 1) % state.window)[:, None]) & valid
     alpha = torch.where(finite[:, None], alpha, before.to(alpha.dtype)).to(state.weights.dtype)
-    state.tally[samples, 1] += (~solved).int()
     state.carried[samples, (steps + 1) % 2] = torch.stack(
         [torch.where(solved, 1.0 / total, torch.inf), relaxation, lowest, stalled, held], dim=1
     )
@@ -228,6 +226,7 @@ def _weigh(
     outcome[~finite & ~before.any(dim=1)] = Outcome.NON_FINITE
     outcome[state.residual[samples] <= state.tol] = Outcome.CONVERGED
     state.outcome[samples] = outcome
+    state.tally[samples, 1] += (~solved & (outcome == 0)).int()
     return alpha, torch.where(solved, relaxation, 1.0), outcome != 0
 
 

@@ -39,6 +39,7 @@ from .state import (
     STALL,
     UNPREDICTED,
     BackendName,
+    Carried,
     Outcome,
     WindowState,
     accumulator_dtype,
@@ -65,6 +66,8 @@ _NEAR = tl.constexpr(NEAR)
 _SMALLEST_RELAXATION, _LARGEST_RELAXATION = tl.constexpr(SMALLEST_RELAXATION), tl.constexpr(LARGEST_RELAXATION)
 _CONVERGED, _NON_FINITE = tl.constexpr(int(Outcome.CONVERGED)), tl.constexpr(int(Outcome.NON_FINITE))
 _DIVERGED = tl.constexpr(int(Outcome.DIVERGED))
+_PREDICTED, _RELAXATION, _LOWEST, _STALLED, _HELD = (tl.constexpr(int(column)) for column in Carried)
+_CARRIED = tl.constexpr(len(Carried))
 
 
 @triton.jit
@@ -288,9 +291,9 @@ def _weigh(
     residual = tl.where(finite, tl.where(ratio < LARGEST, ratio, LARGEST), float("nan")).to(ACCUMULATOR)
     converged = residual <= tl.full((), tol, ACCUMULATOR)
 
-    carried = carried_ptr + (sample * 2 + steps % 2) * 5
-    lowest = tl.load(carried + 2)
-    stalled = tl.load(carried + 3)
+    carried = carried_ptr + (sample * 2 + steps % 2) * _CARRIED
+    lowest = tl.load(carried + _LOWEST)
+    stalled = tl.load(carried + _STALLED)
     wide_residual = residual.to(tl.float64)
     progress = wide_residual < lowest * _PROGRESS
     lowest = tl.where(progress, wide_residual, lowest)
@@ -312,22 +315,23 @@ def _weigh(
     relaxation = tl.full((), 1.0, tl.float64)
     held = tl.zeros((), tl.float64)
     if ADAPTIVE:
-        relaxation = tl.load(carried + 1)
-        held = tl.minimum(tl.load(carried + 4) + 1.0, stalled)
+        relaxation = tl.load(carried + _RELAXATION)
+        held = tl.minimum(tl.load(carried + _HELD) + 1.0, stalled)
         held = tl.where((held >= _STALL) & (wide_residual > lowest * _BLOW), 0.0, held)
         forward = (held >= _STALL) & finite
         kept = valid & (newest | (forward == 0))
 
-        predicted = tl.load(carried)
+        predicted = tl.load(carried + _PREDICTED)
         near_share = tl.sqrt(tl.minimum(wide_residual / _NEAR, 1.0))
         best = (_RELAXATION_NEAR + near_share * _RELAXATION_BEYOND) * relaxation
         best = best * (predicted - gain) / (predicted - 2.0 * gain + g_squared)
         follows = tl.minimum(tl.maximum(best, _SMALLEST_RELAXATION), _LARGEST_RELAXATION)
-        relaxation = tl.where(tl.abs(best) < infinity, follows, relaxation)
+        relaxation = tl.where((tl.abs(best) < infinity) & finite, follows, relaxation)
 
-        limit = tl.where(residual > _FAR, tl.full((), _DROP_FAR_SQUARED, tl.float64), _DROP_NEAR_SQUARED)
+        limit = tl.where(wide_residual > _FAR, tl.full((), _DROP_FAR_SQUARED, tl.float64), _DROP_NEAR_SQUARED)
         near = kept & (newest | (H_diagonal <= limit * g_squared))
-        unpredicted = g_squared > predicted * _UNPREDICTED_SQUARED
+        # No row may leave in a step that is not finite: it may be the one to step back to.
+        unpredicted = (g_squared > predicted * _UNPREDICTED_SQUARED) & finite
         fewer = unpredicted & (tl.sum(tl.where(kept & (near == 0), 1, 0), axis=0) > 0)
         alpha = tl.zeros((ROWS,), tl.float64)
         total = tl.zeros((), tl.float64)
@@ -400,18 +404,18 @@ def _keep_books(
     else:
         entry = tl.where(residual == residual, residual, float("inf"))
         tl.store(row_residual_ptr + sample * WINDOW + slot, entry)
-    if solved == 0:
+    if (solved == 0) & (outcome == 0):
         tl.store(tally_ptr + sample * 2 + 1, tl.load(tally_ptr + sample * 2 + 1) + 1)
     tl.store(weights_ptr + sample * WINDOW + row, alpha, mask=in_use)
     tl.store(residual_ptr + sample, residual)
     tl.store(iterations_ptr + sample, steps + 1)
-    carried = carried_ptr + (sample * 2 + (steps + 1) % 2) * 5
+    carried = carried_ptr + (sample * 2 + (steps + 1) % 2) * _CARRIED
     if ADAPTIVE:
-        tl.store(carried, predicted)
-        tl.store(carried + 1, relaxation)
-        tl.store(carried + 4, held)
-    tl.store(carried + 2, lowest)
-    tl.store(carried + 3, stalled)
+        tl.store(carried + _PREDICTED, predicted)
+        tl.store(carried + _RELAXATION, relaxation)
+        tl.store(carried + _HELD, held)
+    tl.store(carried + _LOWEST, lowest)
+    tl.store(carried + _STALLED, stalled)
     if outcome != 0:
         tl.store(outcome_ptr + sample, outcome)
 
@@ -742,7 +746,7 @@ class TritonBackend:
             fused_dim(window, itemsize, state.adaptive) if self._largest_fused is None else self._largest_fused
         )
         if fused:
-            block, warps = fused_shape(dim, window, lanes, itemsize=itemsize, device=name)
+            block, warps = fused_shape(dim, window, lanes, itemsize=itemsize, device=name, adaptive=state.adaptive)
         else:
             block, blocks, warps = split_shape(
                 dim, window, lanes, itemsize=itemsize, device=name, adaptive=state.adaptive

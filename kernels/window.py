@@ -32,7 +32,9 @@ _ROW_MULTIPLE = 16
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def validate_window(*, window: int, beta: float, regularization: str, ridge: float | None, backend: str) -> None:
+def validate_window(
+    *, window: int, beta: float, regularization: str, ridge: float | None, backend: str, adaptive: bool
+) -> None:
     """Raises ValueError, naming value, limit and fix, for options that no window can have."""
     if isinstance(window, bool) or not isinstance(window, int):
         raise ValueError(f"window must be a whole number of iterates, at least 1, got {window!r}")
@@ -46,6 +48,21 @@ def validate_window(*, window: int, beta: float, regularization: str, ridge: flo
         raise ValueError(f"ridge must be finite and at least 0, got {ridge} (leave it out for the default)")
     if backend not in get_args(BackendName):
         raise ValueError(f"backend must be one of {get_args(BackendName)}, got {backend!r}")
+    if not isinstance(adaptive, bool):
+        raise ValueError(f"adaptive must be true or false, got {adaptive!r}")
+    if adaptive and regularization != "scaled":
+        raise ValueError(
+            f"adaptive=True needs regularization='scaled', got {regularization!r}, whose ridge is no small part of "
+            "what the rules compare (use adaptive=False)"
+        )
+
+
+def validate_patience(patience: object) -> None:
+    """Raises ValueError, naming value, limit and fix."""
+    if isinstance(patience, bool) or not isinstance(patience, int) or patience < 0:
+        raise ValueError(
+            f"patience must be a whole number of evaluations, at least 0, got {patience!r} (0 never gives up)"
+        )
 
 
 def select_backend(name: BackendName, device: torch.device, dtype: torch.dtype, window: int = 1) -> Backend:
@@ -89,7 +106,7 @@ class AndersonWindow:
     With g_i = f_i - x_i and y_i = x_i + beta g_i over the window, one step is ::
 
         alpha  = argmin || sum_i alpha_i g_i ||^2   subject to   sum_i alpha_i = 1
-        x_next = sum_i alpha_i y_i
+        x_next = sum_i alpha_i y_i      (adaptive: + beta (r - 1) sum_i alpha_i g_i)
 
     per sample; samples never mix. Only the newest row of the Gram matrix is computed, in at least float32 (its diagonal
     and all norms in float64), and the m x m system is solved in float64. Same input, same bits.
@@ -106,10 +123,11 @@ class AndersonWindow:
         beta: mixing parameter in (0, 1].
         device: where the history lives (2 m B d elements); default: PyTorch's default device.
         dtype: of states and history: float64, float32, bfloat16 or float16.
-        history_dtype: of the residual rows g_i, which only weigh the mixed rows: ``torch.bfloat16`` for a float32
-            state moves and stores half of them and costs hardly an iteration (README, design notes), but ``residual``
-            is then that of the rounded row, and what :meth:`best` returns is exact to 2^-9 of its g. The mixed rows
-            stay in ``dtype``: rounded, they would keep the iterates away from the solution. Default: ``dtype``.
+        history_dtype: of the residual rows g_i, which weigh the mixed rows (and, adaptive, lengthen the step):
+            ``torch.bfloat16`` for a float32 state moves and stores half of them and costs hardly an iteration (README,
+            design notes), but ``residual`` is then that of the rounded row, and what :meth:`best` returns is exact to
+            2^-9 of its g. The mixed rows stay in ``dtype``: rounded, they would keep the iterates away from the
+            solution. Default: ``dtype``.
         backend: ``auto``, ``triton``, ``native`` or ``torch``.
         regularization: ``scaled`` puts the Gram matrix to unit diagonal before ``ridge`` is added, so that rescaling
             f changes nothing; ``absolute`` adds it as it is (what TorchDEQ and jaxopt do).
@@ -154,7 +172,10 @@ class AndersonWindow:
         adaptive: bool = False,
         patience: int = 0,
     ) -> None:
-        validate_window(window=window, beta=beta, regularization=regularization, ridge=ridge, backend=backend)
+        validate_window(
+            window=window, beta=beta, regularization=regularization, ridge=ridge, backend=backend, adaptive=adaptive
+        )
+        validate_patience(patience)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if dim < 1:
@@ -166,10 +187,6 @@ class AndersonWindow:
             raise ValueError(
                 f"history_dtype must be torch.bfloat16 for a torch.float32 state, or the state's own, got "
                 f"{rows_dtype} for a {dtype} state"
-            )
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 0:
-            raise ValueError(
-                f"patience must be a whole number of steps, at least 0, got {patience!r} (0: no end to it)"
             )
         if tol is not None and not tol >= 0.0:
             raise ValueError(f"tol must be at least 0, got {tol} (None never freezes a sample)")
@@ -196,7 +213,7 @@ class AndersonWindow:
             outcome=full(batch_size, value=0, dtype=torch.uint8),
             iterations=full(batch_size, value=0, dtype=torch.int32),
             tally=full(batch_size, 2, value=0, dtype=torch.int32),
-            carried=torch.tensor(FIRST_CARRIED, device=home, dtype=torch.float64).repeat(batch_size, 2, 1),
+            carried=full(batch_size, 2, len(FIRST_CARRIED), value=0.0, dtype=torch.float64),
             beta=float(beta),
             adaptive=adaptive and window > 1,
             patience=patience,
@@ -204,6 +221,13 @@ class AndersonWindow:
             ridge=DEFAULT_RIDGE[regularization] if ridge is None else float(ridge),
             scaled=regularization == "scaled",
         )
+        self._begin()
+
+    def _begin(self) -> None:
+        """What the first step is told."""
+        # Filled and not copied, for which the host would wait.
+        for column, first in enumerate(FIRST_CARRIED):
+            self._state.carried[..., column] = first
 
     @property
     def residual(self) -> Tensor:
@@ -261,8 +285,7 @@ class AndersonWindow:
             (state.tally, 0),
         ):
             tensor.fill_(value)
-        for column, first in enumerate(FIRST_CARRIED):
-            state.carried[..., column] = first
+        self._begin()
 
     @torch.no_grad()
     def step(self, x: Tensor, fx: Tensor, *, out: Tensor | None = None, index: Tensor | None = None) -> Tensor:
@@ -340,6 +363,9 @@ class AndersonWindow:
                 tensor = getattr(state, field.name)
                 if isinstance(tensor, Tensor):
                     getattr(twin._state, field.name).copy_(tensor)
+            for rows in (twin._state.G, twin._state.Y):
+                # The kernels read the padding of a row along with it.
+                rows.as_strided((batch_size, window, state.stride), rows.stride())[..., dim:].zero_()
         memo[id(self)] = twin
         return twin
 

@@ -29,7 +29,7 @@ class Anderson(Solver):
         adaptive: let each sample lengthen or shorten its steps by what the last one brought, drop rows that were taken
             where the map has another slope, and step forward out of a stall; see :class:`kernels.AndersonWindow`. Off,
             it is the method of the textbooks. Default: on where ``scaled``, off where ``absolute``, which is there to
-            compare.
+            compare and cannot adapt.
         history_dtype: ``bfloat16`` keeps the residual rows of a float32 state in half the memory and traffic, see
             :class:`kernels.AndersonWindow`; default: the state's.
         backend: ``auto``, ``triton``, ``native`` or ``torch``.
@@ -62,11 +62,14 @@ class Anderson(Solver):
             regularization=self.regularization,
             ridge=self.ridge,
             backend=self.backend,
+            adaptive=self._adapts,
         )
-        if self.adaptive not in (None, True, False):
-            raise ValueError(f"adaptive must be true, false or left out, got {self.adaptive!r}")
         if self.history_dtype not in (None, "bfloat16", torch.bfloat16):
             raise ValueError(f"history_dtype must be 'bfloat16' or left out, got {self.history_dtype!r}")
+
+    @property
+    def _adapts(self) -> bool:
+        return self.regularization == "scaled" if self.adaptive is None else self.adaptive
 
     def start(self, x: Tensor, *, in_place: bool = False) -> _AndersonIteration:
         # In place anyway: a frozen sample is never touched.
@@ -81,7 +84,7 @@ class Anderson(Solver):
             backend=self.backend,
             regularization=self.regularization,
             ridge=self.ridge,
-            adaptive=self.regularization == "scaled" if self.adaptive is None else self.adaptive,
+            adaptive=self._adapts,
             # Under the mean test every sample goes on lowering the mean until all stop together.
             tol=self.tol if self.stop == "max" else None,
             patience=self.patience,

@@ -33,7 +33,7 @@ class Broyden(Solver):
 
     Args:
         memory: pairs (s_i, y_i) kept, at least 1.
-        tol, max_iter, stop, compact, check_every: see :class:`~deq.solvers.base.Solver`.
+        tol, max_iter, stop, compact, check_every, patience: see :class:`~deq.solvers.base.Solver`.
 
     Raises:
         ValueError: for an option outside its limits.

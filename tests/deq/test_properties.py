@@ -21,7 +21,7 @@ NO_COMPILER = native_backend.obstacle(torch.float32)
 SOLVERS: dict[str, Solver] = {
     "anderson_torch": Anderson(backend="torch"),
     "anderson_native": Anderson(backend="native"),
-    "anderson_adaptive": Anderson(adaptive=True),
+    "anderson_plain": Anderson(adaptive=False),
     "forward": Forward(),
     "broyden": Broyden(),
 }
@@ -82,7 +82,7 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
 def equal(one: Solution, other: Solution, samples: Any = slice(None), scale: float = 1.0) -> None:
     """The bits of ``one`` are those of these samples of ``other``, times ``scale``."""
     assert torch.equal(one.z, scale * other.z[samples])
-    for name in ("residual", "iterations", "converged"):
+    for name in ("residual", "iterations", "converged", "outcome", "restarts", "fallbacks"):
         assert torch.equal(getattr(one, name), getattr(other, name)[samples]), name
 
 

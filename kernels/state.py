@@ -100,7 +100,7 @@ BLOW = 2.0
 def track_progress(residual: Tensor, lowest: Tensor, stalled: Tensor) -> tuple[Tensor, Tensor]:
     """The relative residual that counted as progress last, and the steps since then, after one more: all (n,)."""
     progress = residual < PROGRESS * lowest
-    return torch.where(progress, residual, lowest), torch.where(progress, 0, stalled + 1)
+    return torch.where(progress, residual, lowest), (stalled + 1).masked_fill_(progress, 0)
 
 
 class Carried(IntEnum):

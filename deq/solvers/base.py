@@ -408,16 +408,18 @@ class Books:
         self.residual[part] = residual
         lowest, stalled = track_progress(residual, self.lowest[part], self.stalled[part])
         self.lowest[part], self.stalled[part] = lowest, stalled
-        now = torch.where(torch.isfinite(residual), 0, Outcome.NON_FINITE).to(before.dtype)
-        if solver.patience:
-            now.masked_fill_((stalled >= solver.patience) & (lowest > FAR) & (now == 0), Outcome.DIVERGED)
+        # Few operations: where f is cheap, each of them is felt.
+        given_up = (stalled >= solver.patience) & (lowest > FAR) if solver.patience else torch.zeros_like(active)
+        now = given_up.to(before.dtype).mul_(Outcome.DIVERGED).masked_fill_(residual.isnan(), Outcome.NON_FINITE)
         if solver.stop == "max":
             now.masked_fill_(residual <= solver.tol, Outcome.CONVERGED)
-        self.outcome[part] = torch.where(active, now, before)
+        outcome = torch.where(active, now, before)
+        self.outcome[part] = outcome
         if solver.stop == "mean":
             # Before the step, so that what is frozen stays at the iterate that its residual belongs to.
             solver.stop_at_mean(self.residual, self.outcome)
-        return self.outcome[part] != 0
+            outcome = self.outcome[part]
+        return outcome != 0
 
     def reset(self) -> None:
         """As new, in the same memory."""

@@ -126,7 +126,9 @@ def compile_kernel(
         function, signature, constexprs={(names.index(k),): v for k, v in constants.items()}, attrs=attributes
     )
     gpu = GPUTarget(platform, int(arch) if platform == "cuda" else arch, warp_size)
-    more = {"update": fused_options(warps, itemsize), "mix": mix_options(adaptive, itemsize), "push": {}}[kernel]
+    more = {"update": fused_options(warps, itemsize, adaptive), "mix": mix_options(adaptive, itemsize), "push": {}}[
+        kernel
+    ]
     more = more if platform == "cuda" else {}
     compiled = triton.compile(source, target=gpu, options={"num_warps": warps, **more})
 

@@ -97,17 +97,17 @@ def mix_options(adaptive: bool, itemsize: Bytes = FP32) -> dict[str, int]:
     """What else to tell an NVIDIA compiler of ``_mix``: that two histories may be on their way at once. By itself its
     assembler spills a few of the registers so that more programs fit on a multiprocessor; in float64 it does not.
     """
-    return {"maxnreg": 168} if adaptive and itemsize[0] < 8 else {}
+    return {"maxnreg": 255 if _OLD_ASSEMBLER else 168} if adaptive and itemsize[0] < 8 else {}
 
 
-def fused_options(warps: int, itemsize: Bytes = FP32) -> dict[str, int]:
+def fused_options(warps: int, itemsize: Bytes = FP32, adaptive: bool = False) -> dict[str, int]:
     """What else to tell an NVIDIA compiler of ``_update``.
 
     Its assembler spills some of the registers of a program in order to have more of them on a multiprocessor at once,
-    unless it is told that one is enough: for states that are not float32 on any target, and before Triton 3.8 wherever
-    a program has _FUSED_THREADS.
+    unless it is told that one is enough: for adaptive windows and states that are not float32 on any target, and
+    before Triton 3.8 wherever a program has _FUSED_THREADS.
     """
-    spills = itemsize[0] != 4 or (_OLD_ASSEMBLER and warps * 32 == _FUSED_THREADS)
+    spills = adaptive or itemsize[0] != 4 or (_OLD_ASSEMBLER and warps * 32 == _FUSED_THREADS)
     return {"maxnreg": min(255, _REGISTERS // (warps * 32))} if spills else {}
 
 

@@ -336,13 +336,15 @@ def _weigh(
         alpha = tl.zeros((ROWS,), tl.float64)
         total = tl.zeros((), tl.float64)
         # A second time, without the rows that are far, only where they are to be judged.
-        for attempt in range(1 + fewer.to(tl.int32)):
+        attempt = 0
+        while attempt < 1 + fewer.to(tl.int32):
             candidates = (kept & (attempt == 0)) | (near & (attempt > 0))
             found, found_total = _solve(H, S, candidates, wide_ridge, WINDOW, ROWS)
             taken = (attempt == 0) | (found_total > total * _PROMISE_SQUARED)
             alpha = tl.where(taken, found, alpha)
             total = tl.where(taken, found_total, total)
             kept = kept & (candidates | (taken == 0))
+            attempt += 1
         row_residual = tl.where(valid & (kept == 0), -row_residual, row_residual)
         longer = (tl.full((), beta, tl.float64) * (relaxation - 1.0)).to(ACCUMULATOR)
     else:
@@ -781,7 +783,7 @@ class TritonBackend:
                     UNDAMPED=undamped,
                     **of_system,
                     **shared,
-                    **(fused_options(warps, itemsize) if nvidia else {}),
+                    **(fused_options(warps, itemsize, state.adaptive) if nvidia else {}),
                 )
                 return
             if self._partial is None:

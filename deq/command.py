@@ -194,6 +194,7 @@ _LIMITS = {
     "compile": _FLAG,
     "warm_start": _FLAG,
     "log_every": _COUNT,
+    "evaluate_every": _COUNT._replace(null=True),
     "optim.lr": _Limit(_NUMBER, lambda value: 0 < value < math.inf, "a number above 0, such as 1e-3"),
     "optim.weight_decay": _Limit(_NUMBER, lambda value: 0 <= value < math.inf, "a number of at least 0"),
     "optim.schedule": _one_of(*SCHEDULES),
@@ -283,7 +284,9 @@ def refuse_what_the_tutorial_lacks(config: DictConfig, solvers: Iterable[Solver]
             ("stability.corrections", config.stability is not None and config.stability.corrections),
         ):
             if asked:
-                raise UserError(f"the tutorial's layer knows no {knob}; leave it out, or use solver=forward or anderson")
+                raise UserError(
+                    f"the tutorial's layer knows no {knob}; leave it out, or use solver=forward or anderson"
+                )
 
 
 def resume_hint(folder: Path) -> str:

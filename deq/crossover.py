@@ -6,6 +6,7 @@ residual down faster, so that there is a *crossover*: a residual below which it 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -50,7 +51,7 @@ class Trace:
     @property
     def seconds_an_iteration(self) -> float:
         """Median over the iterations after the first, which sets the solve up."""
-        steps = [after - before for before, after in zip(self.seconds, self.seconds[1:], strict=False)]
+        steps = [after - before for before, after in itertools.pairwise(self.seconds)]
         return statistics.median(steps) if steps else self.seconds[0]
 
 
@@ -91,7 +92,7 @@ class Crossover:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UserError(f"crossover.{name} must be an integer of at least {least}, got {in_yaml(value)}")
-        windows = self.windows
+        windows: object = self.windows
         if isinstance(windows, str) or not isinstance(windows, Sequence):
             raise UserError(f"crossover.windows must be a list, such as [2,5,10], got {in_yaml(windows)}")
         for window in windows:
@@ -152,7 +153,7 @@ def measure_traces(
     max_iter: int = 60,
     repeats: int = 5,
 ) -> list[Trace]:
-    """Solves z = cell(z, injection) with every solver, from zeros and past any tolerance, and keeps residuals and times.
+    """Solves z = cell(z, injection) with every solver, from zeros and past any tolerance; keeps residuals and times.
 
     The solvers take turns, so that a machine that slows down slows all of them; the residuals are kept in a solve of
     its own, whose time does not count. On a GPU the times are those of events in its stream.
@@ -254,7 +255,7 @@ class _Clock:
 
 
 def crossing(forward: Trace, other: Trace, against: str = "seconds") -> Crossing | None:
-    """Where the mean residual of ``other`` goes below that of ``forward`` and stays there, as far as both were followed.
+    """Where the mean residual of ``other`` goes below that of ``forward`` to stay, as far as both were followed.
 
     Between evaluations curves are straight on a log axis, as they are drawn. None if it does not, or if it never was
     above.
@@ -296,7 +297,7 @@ def _curve(trace: Trace, against: str) -> list[tuple[float, float]]:
 
 
 def _at(curve: list[tuple[float, float]], x: float) -> float:
-    for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
         if x0 <= x <= x1:
             return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     return curve[0][1] if x <= curve[0][0] else curve[-1][1]
@@ -383,7 +384,7 @@ def draw(traces: Sequence[Trace], tol: float | None = None, *, highlight: str | 
     axes[0].set(xlabel="evaluations of f", ylabel="mean relative residual of the batch")
     axes[1].set(xlabel=f"{'milliseconds' if unit == 'ms' else 'seconds'} since the solve began")
     if forward is not None and own is not None:
-        _mark_penalty(axes[1], forward, own, tol, scale, unit)
+        _mark_penalty(axes[1], forward, own, scale)
     axes[0].legend(frameon=False, loc="lower left", fontsize="small")
     if title:
         figure.suptitle(title, fontsize="medium")
@@ -422,9 +423,7 @@ def _reached(trace: Trace, against: str, tol: float) -> float | None:
     return None
 
 
-def _mark_gain(
-    ax: Any, forward: Trace, own: Trace, tol: float | None, against: str, factor: float, unit: str
-) -> None:
+def _mark_gain(ax: Any, forward: Trace, own: Trace, tol: float | None, against: str, factor: float, unit: str) -> None:
     """An arrow along the tolerance line from forward iteration's count to that of ``own``."""
     if not tol:
         return
@@ -435,27 +434,48 @@ def _mark_gain(
     if end <= there:
         return
     ax.annotate(
-        "", (there * factor, tol), (end * factor, tol), arrowprops={"arrowstyle": "<|-", "color": "#009E73", "lw": 1.6}
+        "",
+        (there * factor, tol),
+        (end * factor, tol),
+        arrowprops={"arrowstyle": "-|>", "color": "#009E73", "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0},
     )
-    words = f"{end / there:.1f}× fewer" if against == "evaluations" else f"{end / there:.1f}× sooner"
+    ratio = f"{'more than ' if before is None else ''}{end / there:.1f}×"
+    words = f"{ratio} fewer evaluations" if against == "evaluations" else f"{ratio} sooner"
     ax.annotate(
-        words if before is not None else f"more than {words}", ((there + end) / 2 * factor, tol), xytext=(0, -4),
-        textcoords="offset points", ha="center", va="top", fontsize="small", color="#00664B", bbox=_BOX,
-    )  # fmt: skip
+        words,
+        (end * factor, tol),
+        xytext=(8, 5),
+        textcoords="offset points",
+        va="bottom",
+        fontsize="small",
+        color="#00664B",
+        bbox=_BOX,
+    )
 
 
-def _mark_penalty(ax: Any, forward: Trace, own: Trace, tol: float | None, scale: float, unit: str) -> None:
-    """A bracket between the times of as many iterations of both, above the curves' ends."""
-    reached = _reached(own, "evaluations", tol) if tol else None
-    count = int(reached or min(len(own.seconds), len(forward.seconds)))
-    count = min(count, len(forward.seconds))
-    times = forward.seconds[count - 1] * scale, own.seconds[count - 1] * scale
+def _mark_penalty(ax: Any, forward: Trace, own: Trace, scale: float) -> None:
+    """A bracket between the times at which both have made as many iterations."""
+    count = min(len(own.seconds), len(forward.seconds))
+    times = [trace.seconds[count - 1] * scale for trace in (forward, own)]
     penalty = own.seconds_an_iteration - forward.seconds_an_iteration
     share = penalty / forward.seconds_an_iteration
-    y = own.residual_mean[count - 1] / 3
-    ax.annotate("", (times[0], y), (times[1], y), arrowprops={"arrowstyle": "|-|", "mutation_scale": 4, "lw": 1.4})
+    y = own.residual_mean[count - 1]
+    ax.plot([times[0]] * 2, [forward.residual_mean[count - 1], y], color="0.3", linewidth=0.8, linestyle=":")
     ax.annotate(
-        f"mixing penalty: {penalty * 1e3:+.2g} ms an iteration ({share:+.0%}),\nhere of {count} iterations",
-        (sum(times) / 2, y), xytext=(0, -6), textcoords="offset points", ha="center", va="top", fontsize="small",
+        "",
+        (times[0], y),
+        (times[1], y),
+        arrowprops={"arrowstyle": "|-|", "mutation_scale": 4, "linewidth": 1.4, "shrinkA": 0, "shrinkB": 0},
+    )
+    ax.annotate(
+        f"mixing penalty: {penalty * 1e3:+.2g} ms\nan iteration ({share:+.0%}), here\nof {count} iterations",
+        (max(times), y),
+        xytext=(0, -8),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        fontsize="small",
         bbox=_BOX,
-    )  # fmt: skip
+    )
+    low, high = ax.get_ylim()
+    ax.set_ylim(min(low, y / 60), high)  # room for the words

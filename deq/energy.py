@@ -191,5 +191,7 @@ class EnergyMeter:
         self.counters = tuple(name for name in self.counters if f"train_{name}" in measured)
         if not self.counters:
             self._monitor = None
-        self._joules = {f"{phase}_{name}": measured[f"{phase}_{name}"] for phase in ("train", "test") for name in self.counters}
+        self._joules = {
+            f"{phase}_{name}": measured[f"{phase}_{name}"] for phase in ("train", "test") for name in self.counters
+        }
         self._noted = {name: joules for name, joules in state["noted"].items() if name in self.counters}

@@ -38,7 +38,7 @@ class CellFlops:
         z.requires_grad_()
         x.requires_grad_()
         weights = [weight for weight in cell.parameters() if weight.requires_grad]
-        with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
+        with torch.random.fork_rng(), torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
             with FlopCounterMode(display=False) as evaluation:
                 f: Tensor = cell.forward(z, x)  # not cell(...), which might be compiled
             u = torch.zeros_like(f)

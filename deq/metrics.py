@@ -67,3 +67,10 @@ def check(names: Iterable[str]) -> None:
     for name in names:
         if name not in NAMES:
             raise ValueError(f"metric {name!r} is not in deq/metrics.py; add it to NAMES there, with its unit")
+
+
+def check_charts(names: Iterable[str]) -> None:
+    """Raise ValueError, naming it, for any name outside :data:`CHARTS`."""
+    for name in names:
+        if name not in CHARTS:
+            raise ValueError(f"chart {name!r} is not in deq/metrics.py; add it to CHARTS there")

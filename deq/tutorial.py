@@ -1,4 +1,4 @@
-"""The baselines of the paper: a DEQ layer and its two solvers, written the way the *Deep Implicit Layers* tutorial does.
+"""The paper's baselines: a DEQ layer and its two solvers, written the way the *Deep Implicit Layers* tutorial does.
 
 What is peculiar to them is kept, since it is what they are here to measure: one residual for the whole batch, read by
 the host after every evaluation; Anderson's history as two dense tensors whose Gram matrix is computed anew each time,
@@ -77,7 +77,7 @@ class _Account:
         self._pooled = (fx - x).norm().item() / (_EPSILON + fx.norm().item())
         if self._trace is not None:
             self._trace.append(self._of_samples())
-        return self._pooled < self._tol
+        return bool(self._pooled < self._tol)
 
     def _of_samples(self) -> Tensor:
         return residual_norm(self._x.flatten(1), self._fx.flatten(1))
@@ -132,8 +132,8 @@ class TutorialForward(TutorialSolver):
 class TutorialAnderson(TutorialSolver):
     """Anderson extrapolation as the tutorial writes it: the paper's method.
 
-    Minimises ``||G^T alpha||^2 + ridge ||alpha||^2`` subject to ``sum(alpha) = 1`` over the last ``window`` iterates, by
-    the bordered system, and steps to ``beta F^T alpha + (1 - beta) X^T alpha``.
+    Minimises ``||G^T alpha||^2 + ridge ||alpha||^2`` subject to ``sum(alpha) = 1`` over the last ``window`` iterates,
+    by the bordered system, and steps to ``beta F^T alpha + (1 - beta) X^T alpha``.
 
     Args:
         window: iterates that are mixed, at least 2.

@@ -8,6 +8,7 @@ under ``runs/``; the loop is in ``deq/training.py``, the equilibrium layer in ``
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from deq import checkpoint
 from deq.command import (
     claim,
     launch,
+    objective,
     pick_device,
     refuse_corrections_out_of_reach,
     refuse_graphs_without_device,
@@ -44,15 +46,19 @@ from deq.tracking import Tracker
 from deq.training import Trainer, count_parameters
 
 
-def main(config: DictConfig) -> float:
-    """Compose, build, train. Returns the test accuracy, which is what a sweeper that optimises would raise."""
+def main(config: DictConfig) -> float | tuple[float, ...]:
+    """Compose, build, train. Returns the run's ``objective``, for a sweeper that tunes."""
     display = Display()
     folder = Path(HydraConfig.get().runtime.output_dir)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
 
     # Everything a user can get wrong is looked at before any work.
     validate(config)
-    claim(folder, config.resume)
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    resume, done = claim(folder, config.resume, plain, in_sweep=sweep)
+    if done:
+        display.say(f"job {HydraConfig.get().job.num} is done already: {shown(folder)}")
+        return objective(json.loads((folder / "summary.json").read_text()), plain["objective"])
     device = pick_device(config.device)
     refuse_graphs_without_device(config.cuda_graph, device)
     solver, gradient = instantiate(config.solver), instantiate(config.gradient)
@@ -65,8 +71,8 @@ def main(config: DictConfig) -> float:
     refuse_what_the_tutorial_lacks(config, solvers.values())
     try_solvers(solvers, device)
     state = None
-    if config.resume is not None:
-        state, warnings = checkpoint.load(str(config.resume), plain)
+    if resume is not None:
+        state, warnings = checkpoint.load(str(resume), plain)
         for warning in warnings:
             display.warn(warning)
 
@@ -85,7 +91,6 @@ def main(config: DictConfig) -> float:
 
     energy = EnergyMeter(energy_options, device, warn=display.warn)
     choices: Any = HydraConfig.get().runtime.choices
-    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     tracker = Tracker(
         folder,
         plain,
@@ -95,6 +100,7 @@ def main(config: DictConfig) -> float:
         tags=tuple(str(choices[group]) for group in ("data", "model", "solver")),
         overrides=HydraConfig.get().overrides.task,
         counters=energy.counters,
+        resumed=resume is not None,
     )
     trainer = Trainer(
         model,
@@ -135,7 +141,7 @@ def main(config: DictConfig) -> float:
     tracker.finish(summary)
     notes = {"files": shown(folder)} | ({"W&B": tracker.wandb_note} if tracker.wandb_note else {})
     display.table(summary, trainer.comparison, notes)
-    return summary["test/accuracy"]
+    return objective(summary, plain["objective"])
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def load(resume: str | Path, config: dict[str, Any]) -> tuple[dict[str, Any], li
     if not whole or content.get("format") != _FORMAT:
         raise UserError(f"resume={resume}: {file} was not written by this version's train.py")
     warnings = []
-    for key, then, now in _differences(content["config"], config):
+    for key, then, now in differences(content["config"], config):
         sentence = f"resume={resume}: {key} was {then} in the checkpoint and is {now} now"
         if key not in _WARNED:
             raise UserError(f"{sentence}; give {key}={then} to go on with that run, or leave resume out to start anew")
@@ -93,14 +93,14 @@ def load(resume: str | Path, config: dict[str, Any]) -> tuple[dict[str, Any], li
     return content["state"], warnings
 
 
-def _differences(then: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+def differences(then: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
     """Leaves in which two configs differ, shared top-level knobs first (they are what a user gave)."""
     if key in _FREE:
         return []
     if isinstance(then, dict) and isinstance(now, dict):
         found = []
         for name in sorted({*then, *now}, key=lambda name: isinstance(then.get(name, now.get(name)), dict)):
-            found += _differences(then.get(name), now.get(name), f"{key}.{name}" if key else name)
+            found += differences(then.get(name), now.get(name), f"{key}.{name}" if key else name)
         return found
     return [] if then == now else [(key, _shown(then), _shown(now))]
 

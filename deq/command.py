@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_args
 
@@ -27,10 +27,10 @@ from hydra.errors import (
     OverrideParseException,
 )
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError
 
-from deq import checkpoint
+from deq import checkpoint, metrics, sweep, tracking
 from deq.errors import UserError, first_line, in_yaml, in_yaml_too
 from deq.files import shown
 from deq.interrupt import Interrupted
@@ -60,6 +60,11 @@ def launch(task: Task, conf: Path) -> None:
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes exceptions on to this function as they are
 
+    try:
+        sys.argv[1:] = sweep.resumed_arguments(sys.argv[1:])
+    except UserError as error:
+        _end(str(error))
+    sweep.register()
     jobs: list[Path] = []  # folders of the jobs begun
     failed: list[str] = []  # numbers of the jobs of a sweep that failed
 
@@ -93,7 +98,7 @@ def launch(task: Task, conf: Path) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except _ToldError as error:
-        _remove_if_empty(jobs[0].parent, beside="multirun.yaml")
+        _remove_if_empty(jobs[0].parent, beside=("multirun.yaml", "sweep.json"))
         _tell(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}")
         sys.exit(error.status)
     except Exception as error:
@@ -115,20 +120,38 @@ class _ToldError(Exception):
         self.status = status
 
 
-def claim(folder: Path, resume: Any) -> None:
+def claim(folder: Path, resume: Any, config: dict[str, Any], *, in_sweep: bool) -> tuple[Any, bool]:
     """See that no earlier run is written over: ``folder`` holds none, or the very one that ``resume`` goes on with.
 
+    A job of a sweep also goes on with what an earlier start of that sweep left in its folder, if that was the same job.
+
+    Returns: what to resume from, and whether the job is done already.
+
     Raises:
-        UserError: it does.
+        UserError: the folder holds another run.
     """
     results = [folder / name for name in (checkpoint.FILE, "metrics.jsonl", "summary.json")]
     if not any(file.is_file() and file.stat().st_size for file in results):
-        return
-    if resume is None or checkpoint.locate(str(resume)).resolve() != results[0].resolve():
-        raise UserError(
-            f"{shown(folder)} holds an earlier run; give another hydra.run.dir, delete that folder, or go on with "
-            f"its run: resume={shown(folder)}"
-        )
+        return resume, False
+    if resume is not None and checkpoint.locate(str(resume)).resolve() == results[0].resolve():
+        return resume, False
+    if in_sweep and resume is None and _same_job(folder, config):
+        if tracking.state_of(folder) == "finished":
+            return None, True
+        return (folder if results[0].is_file() else None), False
+    raise UserError(
+        f"{shown(folder)} holds an earlier run; give another hydra.run.dir, delete that folder, or go on with "
+        f"its run: resume={shown(folder)}"
+    )
+
+
+def _same_job(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether the run in ``folder`` was given this config."""
+    try:
+        before: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    except Exception:  # it is missing, or not whole
+        return False
+    return not checkpoint.differences(before, config)
 
 
 def validate(config: DictConfig) -> None:
@@ -139,6 +162,12 @@ def validate(config: DictConfig) -> None:
     """
     for name in _TOP_LEVEL:
         _check(config, name, name)
+    objectives = [config.objective] if isinstance(config.objective, str) else config.objective
+    for name in objectives if isinstance(objectives, list | ListConfig) else [objectives]:
+        if name not in metrics.NAMES:
+            close = difflib.get_close_matches(str(name), metrics.NAMES, n=1)
+            hint = f"did you mean {close[0]}?" if close else "deq/metrics.py lists them"
+            raise UserError(f"objective must be a metric or a list of such, got {in_yaml(name)}; {hint}")
     if config.cuda_graph and config.compact:
         raise UserError("cuda_graph=true cannot replay evaluations that shrink: choose it or compact=true")
     for node in ("solver", "adjoint", "gradient", "data", "model", "optim", "optim.optimizer", "logger"):
@@ -289,6 +318,20 @@ def refuse_what_the_tutorial_lacks(config: DictConfig, solvers: Iterable[Solver]
                 )
 
 
+def objective(summary: Mapping[str, float], names: str | Sequence[str]) -> float | tuple[float, ...]:
+    """The values in a run's summary that a tuner is told.
+
+    Raises:
+        UserError: the run did not measure one.
+    """
+    wanted = [names] if isinstance(names, str) else list(names)
+    for name in wanted:
+        if summary.get(name) is None:
+            raise UserError(f"objective={name}: this run did not measure it; choose another metric")
+    values = tuple(summary[name] for name in wanted)
+    return values[0] if isinstance(names, str) else values
+
+
 def resume_hint(folder: Path) -> str:
     """The command that goes on with the run in ``folder``."""
     overrides = [one for one in HydraConfig.get().overrides.task if not one.startswith("resume=")]
@@ -299,9 +342,12 @@ def _folder_name(overrides: str) -> str:
     """``_`` and the overrides as part of a folder's name.
 
     No separators, not longer than file systems allow, and nothing that has to be quoted when the folder is given back
-    as resume=FOLDER: Hydra's grammar takes ``=`` and ``,`` for its own.
+    as resume=FOLDER: Hydra's grammar takes ``=`` and ``,`` for its own. In a sweep only what tells its jobs apart.
     """
-    name = re.sub(r"[^\w.+-]+", "-", overrides.replace(",", "_"))
+    telling = overrides
+    for one in sweep.GridSweeper.shared:
+        telling = re.sub(rf"(^|,){re.escape(one)}(?=,|$)", "", telling)
+    name = re.sub(r"[^\w.+-]+", "-", telling.strip(",").replace(",", "_"))
     return f"_{name[:120]}" if name else ""
 
 
@@ -314,14 +360,15 @@ def _end(sentence: str) -> NoReturn:
     sys.exit(_MISTAKE)
 
 
-def _remove_if_empty(folder: Path, beside: str | None = None) -> None:
+def _remove_if_empty(folder: Path, beside: Collection[str] = ()) -> None:
     """Take away a folder that Hydra made for a run that never began, and those above it that hold nothing else.
 
-    A file named ``beside`` counts as nothing.
+    Files named in ``beside`` count as nothing.
     """
     with contextlib.suppress(OSError):  # the folder holds something
-        if beside is not None and [file.name for file in folder.iterdir()] == [beside]:
-            (folder / beside).unlink()
+        if beside and {file.name for file in folder.iterdir()} <= set(beside):
+            for name in beside:
+                (folder / name).unlink(missing_ok=True)
         folder.rmdir()
         for parent in folder.parents:
             if parent == Path.cwd() or not parent.is_relative_to(Path.cwd()):
@@ -344,6 +391,8 @@ def _explain(error: BaseException, conf: Path) -> str | None:
         return in_yaml_too(f"adjoint: {cause}" if node == "adjoint" else str(cause))
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
+        if (group, option) == ("hydra/sweeper", "optuna"):
+            return "tuning needs Optuna's sweeper, which is not installed: pip install -e '.[tune]'"
         return f"{group} must be one of {', '.join(sorted(error.options))}, got {option}"
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r}; write KNOB=VALUE or GROUP=OPTION, quoted where the shell needs it"

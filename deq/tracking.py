@@ -90,6 +90,7 @@ class Tracker:
         warn: shows one sentence to the user.
         options: W&B's; mode ``disabled`` leaves the files alone.
         group, tags: of this run, for W&B.
+        resumed: whether the folder's rows, if there are any, are of the run that goes on.
         overrides: what the user set, KNOB=VALUE, for ``status.json``.
         counters: the energy counters that are read, for ``environment.json``.
 
@@ -108,6 +109,7 @@ class Tracker:
         tags: tuple[str, ...] = (),
         overrides: Sequence[str] = (),
         counters: Sequence[str] = (),
+        resumed: bool = False,
     ) -> None:
         self.folder = folder
         self._status: dict[str, Any] = {"state": "running", "began": _now(), "ended": None, "error": None}
@@ -119,6 +121,8 @@ class Tracker:
         with room_for(folder):
             # Rows that are there stay until restore() has theirs: a run may go on in its own folder, or be refused.
             (folder / "metrics.jsonl").touch()
+            if not resumed:
+                (folder / "metrics.jsonl").write_text("")  # of a run that was killed before its first checkpoint
         mode = _wanted_mode(options, warn)
         self._wandb = None
         if mode != "disabled":
@@ -309,6 +313,19 @@ class _Wandb:
         self._run, self.note = None, None
         self._warn(f"W&B failed at {what} ({reason}); the run goes on, and its files are complete without it")
         return None
+
+
+def state_of(folder: Path) -> str | None:
+    """What ``status.json`` says of the run in ``folder``: running (or killed), finished, failed or interrupted.
+
+    None where it says nothing.
+    """
+    try:
+        content = json.loads((folder / STATUS).read_text())
+    except (OSError, ValueError):
+        return None
+    state = content.get("state") if isinstance(content, dict) else None
+    return state if isinstance(state, str) else None
 
 
 def _now() -> str:

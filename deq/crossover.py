@@ -307,7 +307,7 @@ def metrics_of(traces: Sequence[Trace], solver: Solver) -> dict[str, float]:
     """The mixing penalty and the crossover of the run's own solver, by their names in :mod:`deq.metrics`."""
     by_name = {trace.solver: trace for trace in traces}
     forward, own = by_name.get(FORWARD), by_name.get(named(solver))
-    if forward is None or own is None or own is forward:
+    if forward is None or own is None or own.baseline:
         return {}
     penalty = own.seconds_an_iteration - forward.seconds_an_iteration
     found = {

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from deq.probe import Comparison, Reading
 from deq.solvers import Solver
+from deq.tutorial import TutorialSolver
 
 # Heading, width, metric, how it is shown. All in all under 80 columns.
 _COLUMNS = (
@@ -180,7 +181,8 @@ def described(solver: Solver) -> str:
     knobs = [
         f"{field.name}={getattr(solver, field.name)}"
         for field in fields(solver)
-        if field.name in _USUAL_KNOBS or getattr(solver, field.name) != field.default
+        if not (isinstance(solver, TutorialSolver) and field.name == "stop")  # it has no meaning there
+        and (field.name in _USUAL_KNOBS or getattr(solver, field.name) != field.default)
     ]
     return textwrap.fill(f"{type(solver).__name__}: {' '.join(knobs)}", 80, subsequent_indent="  ")
 

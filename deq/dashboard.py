@@ -369,7 +369,7 @@ def _logged(api: Any, entity: str, project: str) -> set[str]:
     names: set[str] = set()
     try:
         # Not lazy: a lazy run asks for its keys in a request of its own.
-        for run in islice(api.runs(f"{entity}/{project}", lazy=False, per_page=100), _RUNS_ASKED):
+        for run in islice(api.runs(f"{entity}/{project}", order="-created_at", lazy=False, per_page=100), _RUNS_ASKED):
             names |= ((run.history_keys or {}).get("keys") or {}).keys()
     except ValueError as error:  # what wandb raises for a project that is not there
         raise UserError(

@@ -227,6 +227,8 @@ class _Wandb:
         def close() -> None:
             import wandb
 
+            # W&B keeps the last row back until the next one comes, and would write its values over the summary's.
+            self._run.log({}, commit=True)
             self._run.summary.update(dict(summary))
             self._run.finish(exit_code=int(failed))
             # finish() only tells W&B's own process to close the offline file; the end of that process is waited for.

@@ -28,13 +28,15 @@ from deq.command import (
     pick_device,
     refuse_corrections_out_of_reach,
     refuse_graphs_without_device,
+    refuse_what_the_tutorial_lacks,
     resume_hint,
     try_solvers,
     validate,
 )
 from deq.data import Batches
 from deq.display import Display, described
-from deq.errors import UserError, values_of_the_user
+from deq.energy import EnergyMeter
+from deq.errors import UserError, first_line, values_of_the_user
 from deq.files import shown
 from deq.gradients import Implicit
 from deq.interrupt import Interrupted
@@ -55,10 +57,13 @@ def main(config: DictConfig) -> float:
     refuse_graphs_without_device(config.cuda_graph, device)
     solver, gradient = instantiate(config.solver), instantiate(config.gradient)
     probe, logger = instantiate(config.probe), instantiate(config.logger)
-    stability = instantiate(config.stability)
+    stability, crossover = instantiate(config.stability), instantiate(config.crossover)
+    energy_options = instantiate(config.energy)
     refuse_corrections_out_of_reach(stability, solver, config.cuda_graph)
     adjoint = gradient.solver if isinstance(gradient, Implicit) else None
-    try_solvers({"solver": solver} | ({"adjoint": adjoint} if adjoint is not None else {}), device)
+    solvers = {"solver": solver} | ({"adjoint": adjoint} if adjoint is not None else {})
+    refuse_what_the_tutorial_lacks(config, solvers.values())
+    try_solvers(solvers, device)
     state = None
     if config.resume is not None:
         state, warnings = checkpoint.load(str(config.resume), plain)
@@ -78,6 +83,7 @@ def main(config: DictConfig) -> float:
         ).to(device)
     optimizer = instantiate(config.optim.optimizer)(model.parameters())
 
+    energy = EnergyMeter(energy_options, device, warn=display.warn)
     choices: Any = HydraConfig.get().runtime.choices
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     tracker = Tracker(
@@ -87,6 +93,8 @@ def main(config: DictConfig) -> float:
         options=logger,
         group=Path(HydraConfig.get().sweep.dir).name if sweep else None,
         tags=tuple(str(choices[group]) for group in ("data", "model", "solver")),
+        overrides=HydraConfig.get().overrides.task,
+        counters=energy.counters,
     )
     trainer = Trainer(
         model,
@@ -99,7 +107,10 @@ def main(config: DictConfig) -> float:
         compile=config.compile,
         warm_start=config.warm_start,
         log_every=config.log_every,
+        evaluate_every=config.evaluate_every,
         probe=probe,
+        crossover=crossover,
+        energy=energy,
         tracker=tracker,
         display=display,
         stability=stability,
@@ -115,7 +126,9 @@ def main(config: DictConfig) -> float:
         summary = trainer.run()
     except BaseException as error:
         with contextlib.suppress(UserError):  # a disk that is full has been told of
-            tracker.finish(trainer.summary(), failed=True)
+            interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
+            how = "interrupted" if interrupted else "failed"
+            tracker.finish(trainer.summary(), state=how, error=None if interrupted else first_line(error))
         if isinstance(error, Interrupted):
             display.say(f"stopped by {error} at step {trainer.position.step}; go on with:\n  {resume_hint(folder)}")
         raise

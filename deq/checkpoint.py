@@ -12,10 +12,21 @@ from deq.errors import UserError, room_for
 from deq.files import write_atomically
 
 FILE = "checkpoint.pt"
-_FORMAT = 3
+_FORMAT = 4
 
 # What may differ between a checkpoint and the run that goes on from it without a word …
-_FREE = ("resume", "logger", "device", "probe", "data.root", "data.cache_dir", "solver.backend", "adjoint.backend")
+_FREE = (
+    "resume",
+    "logger",
+    "device",
+    "probe",
+    "crossover",
+    "energy",
+    "data.root",
+    "data.cache_dir",
+    "solver.backend",
+    "adjoint.backend",
+)
 # … and what may differ with a warning, because the learning-rate schedule stretches to the new length.
 _WARNED = ("epochs", "max_steps")
 

@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_args
 
@@ -38,6 +38,7 @@ from deq.solvers import Solver
 from deq.solvers.base import Stop
 from deq.stability import StabilityLosses
 from deq.training import PRECISIONS, SCHEDULES
+from deq.tutorial import TutorialSolver
 from kernels import BackendName, Regularization
 
 _MISTAKE = 2  # exit status, the shell's convention for a wrong command line
@@ -193,6 +194,7 @@ _LIMITS = {
     "compile": _FLAG,
     "warm_start": _FLAG,
     "log_every": _COUNT,
+    "evaluate_every": _COUNT._replace(null=True),
     "optim.lr": _Limit(_NUMBER, lambda value: 0 < value < math.inf, "a number above 0, such as 1e-3"),
     "optim.weight_decay": _Limit(_NUMBER, lambda value: 0 <= value < math.inf, "a number of at least 0"),
     "optim.schedule": _one_of(*SCHEDULES),
@@ -219,6 +221,8 @@ def try_solvers(solvers: Mapping[str, Solver], device: torch.device) -> None:
         UserError: its backend does not run there.
     """
     for node, solver in solvers.items():
+        if isinstance(solver, TutorialSolver):
+            continue  # plain PyTorch, on any device
         try:
             solver.start(torch.zeros(1, 1, device=device))
         except ValueError as error:  # it begins with the option's name
@@ -265,6 +269,24 @@ def refuse_graphs_without_device(cuda_graph: bool, device: torch.device) -> None
     """Raises UserError for cuda_graph=true on a CPU."""
     if cuda_graph and device.type != "cuda":
         raise UserError(f"cuda_graph=true needs a CUDA or ROCm device, this run is on {device}: use cuda_graph=false")
+
+
+def refuse_what_the_tutorial_lacks(config: DictConfig, solvers: Iterable[Solver]) -> None:
+    """
+    Raises:
+        UserError: a solver written the way the tutorial writes it, with what only this project's layer can do.
+    """
+    if any(isinstance(solver, TutorialSolver) for solver in solvers):
+        for knob, asked in (
+            ("cuda_graph", config.cuda_graph),
+            ("warm_start", config.warm_start),
+            ("stability.jacobian_weight", config.stability is not None and config.stability.jacobian_weight),
+            ("stability.corrections", config.stability is not None and config.stability.corrections),
+        ):
+            if asked:
+                raise UserError(
+                    f"the tutorial's layer knows no {knob}; leave it out, or use solver=forward or anderson"
+                )
 
 
 def resume_hint(folder: Path) -> str:

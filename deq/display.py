@@ -70,9 +70,12 @@ class Display:
         if self._progress is not None:
             self._progress.update(self._task, completed=done)
 
-    def epoch(self, number: int, of: int, values: Mapping[str, float]) -> None:
-        """One line: means over the epoch's steps, and what its evaluation and probe gave."""
-        cells = [f"{f'{number}/{of}':>7}"]
+    def epoch(self, number: float, of: int, values: Mapping[str, float]) -> None:
+        """One line: means over the epoch's steps, and what its evaluation and probe gave.
+
+        number: epochs done, not whole for an evaluation within one.
+        """
+        cells = [f"{f'{number:.3g}/{of}':>7}"]
         for _, width, name, form in _COLUMNS:
             value = values.get(name)
             cells.append(f"{'-' if value is None else form.format(value).rstrip('%'):>{width}}")
@@ -110,7 +113,11 @@ class Display:
             f"a solve, mean",
         )
         sides = ("forward", "backward")
-        if any(summary.get(f"solver/{s}_sample_evaluations") != summary.get(f"solver/{s}_evaluations") for s in sides):
+        # A last batch that is smaller than the others moves the mean over samples a little.
+        if any(
+            summary.get(f"solver/{s}_sample_evaluations", 0) < 0.95 * summary.get(f"solver/{s}_evaluations", 0)
+            for s in sides
+        ):
             each = " · ".join(f"{side} {number(f'solver/{side}_sample_evaluations')}" for side in sides)
             table.add_row("  of each sample", f"{each} a solve, mean")
         table.add_row(
@@ -123,15 +130,35 @@ class Display:
             f"forward {percent('solver/forward_converged_steps', 1)} · "
             f"backward {percent('solver/backward_converged_steps', 1)} of steps",
         )
+        for counter in ("gpu", "cpu"):
+            if f"energy/{counter}_joules" in summary:
+                train, test = (summary[f"energy/{phase}_{counter}_joules"] for phase in ("train", "test"))
+                table.add_row(
+                    f"{counter.upper()} energy", f"{train:,.0f} J training · {test:,.0f} J evaluation, measured"
+                )
+        if "energy/co2_grams" in summary:
+            table.add_row("CO2", f"{summary['energy/co2_grams']:.3g} g at the grid intensity given")
+        if "energy/train_tflop" in summary:
+            train, test = summary["energy/train_tflop"], summary["energy/test_tflop"]
+            table.add_row("TFLOP of the cell", f"{train:.3g} training · {test:.3g} evaluation, computed")
         if comparison is not None:
             table.add_row("speedup probe", _verdict(comparison))
             table.add_row("  forward iteration", _reading(comparison.forward))
             table.add_row("  this run's solver", _reading(comparison.solver))
+        if "speedup/mixing_penalty" in summary:
+            table.add_row("crossover", _crossover(summary))
         self._out.print()
         self._out.print(table)
         for name, text in notes.items():
             # Not in the table, which would break a path to its width: these are there to be copied.
             self.say(f"{name:<20} {text}")
+
+
+def _crossover(summary: Mapping[str, float]) -> str:
+    penalty = f"mixing penalty {summary['speedup/mixing_penalty_s'] * 1e3:+.2g} ms an iteration"
+    share = f"({summary['speedup/mixing_penalty']:+.0%})"
+    at = summary.get("speedup/crossover_residual")
+    return f"{penalty} {share}" + ("" if at is None else f" · ahead below {at:.1e}")
 
 
 def _verdict(comparison: Comparison) -> str:

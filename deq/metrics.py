@@ -35,6 +35,9 @@ NAMES: dict[str, str] = {
     "speedup/solver_s": "probe: seconds that the run's solver needed, median of the repeats",
     "speedup/forward_residual": "probe: relative residual where forward iteration ended, as its test reads it",
     "speedup/solver_residual": "probe: relative residual where the run's solver ended, as its test reads it",
+    "speedup/mixing_penalty_s": "traces: seconds an iteration of the run's solver takes more than forward iteration's",
+    "speedup/mixing_penalty": "traces: the same over the seconds of forward iteration's, 0.1 being 10 % more",
+    "speedup/crossover_residual": "traces: mean relative residual below which the run's solver is ahead in seconds",
     "energy/gpu_joules": "measured by the GPU's own counter since training began: training and evaluation",
     "energy/train_gpu_joules": "of these, training steps",
     "energy/test_gpu_joules": "of these, evaluation",
@@ -52,8 +55,22 @@ NAMES: dict[str, str] = {
 """Name → meaning and unit. A name is logged only in rows where it was measured."""
 
 
+CHARTS: dict[str, str] = {
+    "traces/residual_against_evaluations": "mean relative residual of one batch after each evaluation of f, by solver",
+    "traces/residual_against_seconds": "the same against seconds since the solve began",
+}
+"""Name -> meaning of the charts that a run draws into W&B at its end."""
+
+
 def check(names: Iterable[str]) -> None:
     """Raise ValueError, naming it, for any name outside :data:`NAMES`."""
     for name in names:
         if name not in NAMES:
             raise ValueError(f"metric {name!r} is not in deq/metrics.py; add it to NAMES there, with its unit")
+
+
+def check_charts(names: Iterable[str]) -> None:
+    """Raise ValueError, naming it, for any name outside :data:`CHARTS`."""
+    for name in names:
+        if name not in CHARTS:
+            raise ValueError(f"chart {name!r} is not in deq/metrics.py; add it to CHARTS there")

@@ -14,7 +14,6 @@ from deq.errors import UserError, in_yaml
 from deq.layer import DEQ
 from deq.models import EquilibriumClassifier
 from deq.solvers import Forward, Solution, Solver
-from deq.statistics import stopping_residual
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class _Timed:
         solution = self._layer.last_solution
         assert solution is not None
         self._solution: Solution = solution
-        self._residual = float(stopping_residual(solution, solver))
+        self._residual = float(solver.stopping_residual(solution))
         self.converged = self._residual <= solver.tol
 
     def time(self) -> None:

@@ -8,18 +8,7 @@ import torch
 from torch import Tensor
 
 from deq.layer import DEQ
-from deq.solvers import Outcome, Solution, Solver
-
-
-def stopping_residual(solution: Solution, solver: Solver) -> Tensor:
-    """What the solver's stopping test compares with tol: the batch's largest residual, or the mean over the samples
-    that were not given up (over all, where all were).
-    """
-    if solver.stop == "max":
-        return solution.residual.max()
-    given_up = (solution.outcome == Outcome.NON_FINITE) | (solution.outcome == Outcome.DIVERGED)
-    given_up &= ~given_up.all()
-    return torch.where(given_up, 0.0, solution.residual).sum() / (~given_up).sum()
+from deq.solvers import Solution, Solver
 
 
 class Sums:
@@ -65,7 +54,7 @@ class Sums:
         self._sum(f"{name}.residual", torch.where(finite, solution.residual, 0.0).double().sum())
         self._sum(f"{name}.finite_samples", finite.sum())
         self._sum(f"{name}.unconverged", (~(solution.residual <= solver.tol)).sum())  # NaN is unconverged
-        self._sum(f"{name}.converged_steps", stopping_residual(solution, solver) <= solver.tol)
+        self._sum(f"{name}.converged_steps", solver.stopping_residual(solution) <= solver.tol)
 
     def _count(self, key: str, value: float) -> None:
         self._host[key] = self._host.get(key, 0.0) + value

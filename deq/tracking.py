@@ -10,19 +10,22 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from omegaconf import OmegaConf
 
-from deq import metrics
+from deq import crossover, metrics
+from deq.crossover import Trace
 from deq.errors import UserError, first_line, in_yaml, room_for
 from deq.files import shown, write_atomically
 from deq.machine import code_version, processor_name
 
 Result = TypeVar("Result")
 Row = dict[str, float]
+STATUS = "status.json"
 
 _MODES = ("auto", "online", "offline", "disabled")
 _WANDB_MODES = {
@@ -76,7 +79,10 @@ class WandbOptions:
 
 
 class Tracker:
-    """Writes ``config.yaml``, ``environment.json``, ``metrics.jsonl`` and ``summary.json``; feeds W&B if asked to.
+    """Writes the files of a run's folder, and feeds W&B if asked to.
+
+    They are ``config.yaml``, ``environment.json``, ``status.json``, ``metrics.jsonl``, ``traces.json`` and
+    ``summary.json``.
 
     Args:
         folder: the run folder; made if it is missing.
@@ -84,6 +90,8 @@ class Tracker:
         warn: shows one sentence to the user.
         options: W&B's; mode ``disabled`` leaves the files alone.
         group, tags: of this run, for W&B.
+        overrides: what the user set, KNOB=VALUE, for ``status.json``.
+        counters: the energy counters that are read, for ``environment.json``.
 
     Only files that cannot be written reach the caller, as UserError; anything that W&B does wrong becomes one warning,
     and the run goes on.
@@ -98,10 +106,14 @@ class Tracker:
         options: WandbOptions,
         group: str | None = None,
         tags: tuple[str, ...] = (),
+        overrides: Sequence[str] = (),
+        counters: Sequence[str] = (),
     ) -> None:
         self.folder = folder
+        self._status: dict[str, Any] = {"state": "running", "began": _now(), "ended": None, "error": None}
+        self._overrides = list(overrides)
         self.rows: list[Row] = []
-        about = environment()
+        about = environment() | {"energy_counters": list(counters)}
         _write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
         _write_text(folder / "environment.json", json.dumps(about, indent=2))
         with room_for(folder):
@@ -135,14 +147,38 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.log(row)
 
-    def finish(self, summary: Mapping[str, float], *, failed: bool = False) -> None:
+    def status(self, state: str, step: int, total_steps: int) -> None:
+        """Write ``status.json``: whether the run goes on and how far it has come, for whoever looks from outside."""
+        self._status |= {"state": state, "step": step, "total_steps": total_steps}
+        content = self._status | {"overrides": self._overrides}
+        _write_text(self.folder / STATUS, json.dumps(content, indent=2) + "\n")
+
+    def traces(self, traces: Sequence[Trace], about: Mapping[str, Any]) -> None:
+        """Write ``traces.json``, and draw the residuals as W&B charts."""
+        with room_for(self.folder / crossover.FILE):
+            crossover.save(self.folder, traces, about)
+        if self._wandb is not None:
+            for against in ("evaluations", "seconds"):
+                name = f"traces/residual_against_{against}"
+                metrics.check_charts([name])
+                self._wandb.chart(name, traces, against)
+
+    def finish(self, summary: Mapping[str, float], *, state: str = "finished", error: str | None = None) -> None:
         """Write ``summary.json``, one flat object, and close the W&B run.
+
+        Args:
+            summary: metric name -> value.
+            state: finished, failed or interrupted. error: why it failed, in a sentence.
 
         Raises:
             ValueError: for a name that is not in :mod:`deq.metrics`.
         """
         metrics.check(summary)
+        failed = state != "finished"
         try:
+            if "total_steps" in self._status:
+                self._status |= {"ended": _now(), "error": error}
+                self.status(state, self._status["step"], self._status["total_steps"])
             _write_text(self.folder / "summary.json", _json(summary, indent=2) + "\n")
         finally:
             if self._wandb is not None:
@@ -220,6 +256,21 @@ class _Wandb:
             elif mode == "online":
                 self.note = str(self._run.url)
 
+    def chart(self, name: str, traces: Sequence[Trace], against: str) -> None:
+        def draw() -> None:
+            import wandb
+
+            chart = wandb.plot.line_series(
+                xs=[getattr(trace, against) for trace in traces],
+                ys=[[math.log10(r) if r > 0 else None for r in trace.residual_mean] for trace in traces],
+                keys=[trace.solver for trace in traces],
+                title=f"log10 of the mean relative residual against {against}",
+                xname=against,
+            )
+            self._run.log({name: chart})
+
+        self._try("chart", draw)
+
     def log(self, row: Row) -> None:
         self._try("log", lambda: self._run.log(row, step=int(row["step"])))
 
@@ -260,6 +311,10 @@ class _Wandb:
         self._run, self.note = None, None
         self._warn(f"W&B failed at {what} ({reason}); the run goes on, and its files are complete without it")
         return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def environment() -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,13 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from deq import crossover
+from deq.crossover import Crossover
 from deq.data import Batches
 from deq.display import Display
+from deq.energy import EnergyMeter, EnergyOptions
 from deq.errors import UserError, first_line
+from deq.flops import CellFlops
 from deq.gradients import Implicit
 from deq.interrupt import Interrupted, SignalWatch
 from deq.layer import Equilibrium
@@ -29,6 +34,7 @@ from deq.solvers import Solver
 from deq.stability import StabilityLosses, correction_loss, jacobian_penalty
 from deq.statistics import Sums
 from deq.tracking import Tracker
+from deq.tutorial import TutorialDEQ
 from deq.warm_start import WarmStart
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,6 +55,8 @@ class Position:
     evaluated_step: int = -1
     elapsed_s: float = 0.0
     train_s: float = 0.0
+    test_s: float = 0.0
+    test_sample_evaluations: float = 0.0
 
 
 class Trainer:
@@ -63,7 +71,10 @@ class Trainer:
             the state for every training image, on the device and in every checkpoint). Tests start from zeros. It
             pays where images are not augmented.
         log_every: steps of an epoch between rows; an epoch's end always writes one.
-        probe: compares the run's solver with forward iteration at every evaluation; None leaves that out.
+        evaluate_every: steps between evaluations on the test set, beside those at every epoch's end (None: only those).
+        probe: compares the run's solver with forward iteration at every epoch's end; None leaves that out.
+        crossover: keeps residuals and times of single solves, when training has ended; None leaves that out.
+        energy: reads what counters there are.
         stability: losses that are added to the cross-entropy; None adds none.
         tracker, display: where results go. save: called with the state at every epoch's end and at a signal.
     """
@@ -81,18 +92,25 @@ class Trainer:
         compile: bool,
         warm_start: bool = False,
         log_every: int,
+        evaluate_every: int | None = None,
         probe: SpeedupProbe | None,
+        crossover: Crossover | None = None,
+        energy: EnergyMeter | None = None,
         tracker: Tracker,
         display: Display,
         save: Callable[[dict[str, Any]], None],
         stability: StabilityLosses | None = None,
     ) -> None:
         self.model, self.batches, self.optimizer = model, batches, optimizer
-        self.epochs, self.log_every = epochs, log_every
+        self.epochs, self.log_every, self.evaluate_every = epochs, log_every, evaluate_every
         self.stability = stability or StabilityLosses()
         self.total_steps = min(epochs * batches.per_epoch, max_steps or sys.maxsize)
         self.probe, self.tracker, self.display, self._save = probe, tracker, display, save
         self.device = next(model.parameters()).device
+        self.crossover = crossover
+        self.energy = energy or EnergyMeter(EnergyOptions(measure=False), self.device, warn=display.warn)
+        self._flops: CellFlops | None = None  # once the first solve has told the state's shape
+        self._traced: dict[str, float] = {}  # what the traces at the end say
         self.position = Position()
         self._row_train_s = 0.0  # position.train_s at the latest row
         self.since_row, self.in_epoch, self.in_run = Sums(), Sums(), Sums()
@@ -124,6 +142,7 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self._began = time.perf_counter() - self.position.elapsed_s
+        self._tell_status("running")
         with SignalWatch() as signals:
             self.display.start(self.total_steps, self.position.step)
             try:
@@ -131,6 +150,7 @@ class Trainer:
                     self._train_epoch(signals)
                     self._close_epoch(signals)
                     self._save(self.state())
+                self._trace()
             except Interrupted:
                 self._save(self.state())
                 raise
@@ -147,17 +167,32 @@ class Trainer:
         summary["time/train_s"] = self.position.train_s
         if run.steps:
             summary["time/step_s"] = self.position.train_s / run.steps
+        summary["time/test_s"] = self.position.test_s
         summary["memory/peak_bytes"] = self._peak_memory()
-        return summary
+        return summary | self._tflop(run) | self.energy.metrics() | self._traced
+
+    def _tell_status(self, state: str) -> None:
+        self.tracker.status(state, self.position.step, self.total_steps)
 
     def _train_epoch(self, signals: SignalWatch) -> None:
         """The rest of the current epoch, or of the steps that are left."""
         position = self.position
         self.model.train()
         self.display.doing(f"epoch {position.epoch + 1}/{self.epochs}")
-        started = self._now()
         if position.step >= self.total_steps:  # resumed between the last step and its evaluation
             return
+        self._evaluate_on_the_way(signals)  # resumed before an evaluation within the epoch
+        measuring = contextlib.ExitStack()
+        started = self._now()
+        measuring.enter_context(self.energy.measure("train"))
+
+        def pause() -> None:
+            now = self._now()
+            measuring.close()
+            position.train_s += now - started
+            position.elapsed_s = self._elapsed()
+            self._check_loss()
+
         chosen = itertools.repeat(None) if self._starts is None else self.batches.chosen(position.epoch, position.batch)
         batches = self.batches.train(position.epoch, start=position.batch)
         for (images, labels), index in zip(batches, chosen, strict=False):
@@ -168,19 +203,18 @@ class Trainer:
             # The epoch's last row is written with its evaluation.
             ended = position.batch == self.batches.per_epoch or position.step >= self.total_steps
             row_due = position.batch % self.log_every == 0 and not ended
-            if row_due or signals.signum is not None:
-                position.train_s += self._now() - started
-                position.elapsed_s = self._elapsed()
-                self._check_loss()
-                if row_due:
+            evaluation_due = self._evaluation_due() and not ended
+            if row_due or evaluation_due or signals.signum is not None:
+                pause()
+                if row_due and not evaluation_due:
                     self._log({})
                 signals.raise_if_noted()
+                self._evaluate_on_the_way(signals)
                 started = self._now()
+                measuring.enter_context(self.energy.measure("train"))
             if ended:  # before the next batch is drawn, which would move the generator of the augmentation
                 break
-        position.train_s += self._now() - started
-        position.elapsed_s = self._elapsed()
-        self._check_loss()
+        pause()
 
     def _train_step(self, images: Tensor, labels: Tensor, index: Tensor | None) -> None:
         z0 = self._starts.of(index) if self._starts is not None and index is not None else None
@@ -230,47 +264,121 @@ class Trainer:
                 self.comparison = self.probe.compare(self.model, images)
             measured |= self.comparison.metrics()
             signals.raise_if_noted()
-        position.elapsed_s = self._elapsed()
-        position.evaluated_step = position.step
-        self._log(measured)
-        means = self.in_epoch.means()
-        self.last_evaluation = measured | {"train/accuracy": means["train/accuracy"], "train/loss": means["train/loss"]}
-        self.display.epoch(position.epoch + 1, self.epochs, means | measured | {"time/elapsed_s": position.elapsed_s})
+        self._conclude(measured, position.epoch + 1)
         if position.batch == self.batches.per_epoch:
             position.epoch, position.batch = position.epoch + 1, 0
             self.in_epoch = Sums()
+
+    def _evaluation_due(self) -> bool:
+        """Whether an evaluation within an epoch is, and has not been made."""
+        step, every = self.position.step, self.evaluate_every
+        return every is not None and step > 0 and step % every == 0 and self.position.evaluated_step < step
+
+    def _evaluate_on_the_way(self, signals: SignalWatch) -> None:
+        """The evaluation within an epoch, if it is due."""
+        if self._evaluation_due() and self.position.batch:
+            position = self.position
+            self.display.doing("evaluation")
+            self._conclude(self._evaluate(signals), position.epoch + position.batch / self.batches.per_epoch)
+            self._save(self.state())
+            self.display.doing(f"epoch {position.epoch + 1}/{self.epochs}")
+            self.model.train()
+
+    def _conclude(self, measured: dict[str, float], epochs: float) -> None:
+        """Write the row and the line of an evaluation, after ``epochs`` epochs."""
+        position = self.position
+        position.elapsed_s = self._elapsed()
+        position.evaluated_step = position.step
+        self._log(measured | self.energy.metrics(evaluated=True))
+        means = self.in_epoch.means()
+        self.last_evaluation = measured | {"train/accuracy": means["train/accuracy"], "train/loss": means["train/loss"]}
+        self.display.epoch(epochs, self.epochs, means | measured | {"time/elapsed_s": position.elapsed_s})
+        self._tell_status("running")
+
+    @torch.no_grad()
+    def _trace(self) -> None:
+        """Keep the residuals of single solves with the model as it is now."""
+        if self.crossover is None:
+            return
+        self.display.doing("traces")
+        self.model.eval()
+        images, _ = next(self.batches.test())
+        cell, solver = self.model.deq.cell, self.model.deq.solver
+        with self._autocast():
+            injection = self.model.inject(images).float()
+            traces, about = self.crossover.measure(lambda z, x: cell(z, x).to(z.dtype), injection, solver)
+        self._traced = crossover.metrics_of(traces, solver)
+        self.tracker.traces(traces, about)
+        if self.crossover.picture:
+            with self._warned("the crossover figure"):
+                figure = crossover.draw(traces, solver.tol, highlight=crossover.named(solver))
+                figure.savefig(self.tracker.folder / crossover.PICTURE, dpi=150)
+
+    @contextlib.contextmanager
+    def _warned(self, what: str) -> Iterator[None]:
+        """An extra that fails costs a warning, not the run."""
+        try:
+            yield
+        except (ImportError, OSError) as error:
+            self.display.warn(f"{what} was not drawn: {first_line(error)}")
+
+    def _tflop(self, sums: Sums) -> dict[str, float]:
+        """The proxies for energy of the run so far, whose training steps ``sums`` counts."""
+        solution = self.model.deq.last_solution
+        if self._flops is None and solution is not None:
+            cell = self.model.deq.cell
+            assert isinstance(cell, nn.Module)
+            self._flops = CellFlops.of(cell, solution.z.shape[1:])
+        if self._flops is None:
+            return {}
+        train = self._flops.train_tflop(sums, self.model.deq, self.model.deq.gradient)
+        test = self._flops.test_tflop(self.position.test_sample_evaluations)
+        return {"energy/tflop": train + test, "energy/train_tflop": train, "energy/test_tflop": test}
 
     @torch.no_grad()
     def _evaluate(self, signals: SignalWatch) -> dict[str, float]:
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for images, labels in self.batches.test():
-            signals.raise_if_noted()
-            with self._autocast():
-                logits = self.model(images).float()
-            loss = functional.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack([loss.double(), (logits.argmax(dim=1) == labels).sum().double()])
-        loss_sum, correct = sums.tolist()
+        started = self._now()
+        with self.energy.measure("test"):
+            for images, labels in self.batches.test():
+                signals.raise_if_noted()
+                with self._autocast():
+                    logits = self.model(images).float()
+                loss = functional.cross_entropy(logits, labels, reduction="sum")
+                sums += torch.stack([loss.double(), (logits.argmax(dim=1) == labels).sum().double()])
+                self._count_evaluation(len(labels))
+            loss_sum, correct = sums.tolist()
+            self.position.test_s += self._now() - started
         count = len(self.batches.data.test)
         return {"test/loss": loss_sum / count, "test/accuracy": correct / count}
+
+    def _count_evaluation(self, samples: int) -> None:
+        """Count the solve that a batch of the test set took."""
+        layer = self.model.deq
+        if layer.last_solution is not None:
+            again = samples if isinstance(layer, TutorialDEQ) else 0  # its layer evaluates f once more
+            self.position.test_sample_evaluations += layer.last_solution.sample_evaluations + again
 
     def _log(self, measured: dict[str, float]) -> None:
         """A row about the steps since the previous one."""
         position = self.position
         steps = self.since_row.steps
-        values: dict[str, float] = self.since_row.means() | measured
+        values: dict[str, float] = self.since_row.means() | self.energy.metrics() | measured
+        self.in_epoch.merge(self.since_row)
+        self.in_run.merge(self.since_row)
+        values |= self._tflop(self.in_run)
         values |= {
             "optim/learning_rate": float(self._schedule.get_last_lr()[0]),
             "time/elapsed_s": position.elapsed_s,
             "time/train_s": position.train_s,
+            "time/test_s": position.test_s,
             "memory/peak_bytes": self._peak_memory(),
         }
         if steps:
             values["time/step_s"] = (position.train_s - self._row_train_s) / steps
         self.tracker.log(position.step, position.epoch + 1, values)
         self._row_train_s = position.train_s
-        self.in_epoch.merge(self.since_row)
-        self.in_run.merge(self.since_row)
         self.since_row = Sums()
 
     def _check_loss(self) -> None:
@@ -294,6 +402,7 @@ class Trainer:
             "sums": [sums.state() for sums in (self.since_row, self.in_epoch, self.in_run)],
             "last_evaluation": dict(self.last_evaluation),
             "rows": self.tracker.rows,
+            "energy": self.energy.state(),
             "warm_start": self._starts.state() if self._starts is not None else None,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -328,6 +437,7 @@ class Trainer:
         self.since_row, self.in_epoch, self.in_run = (Sums(values) for values in state["sums"])
         self.last_evaluation = dict(state["last_evaluation"])
         self.tracker.restore(state["rows"])
+        self.energy.restore(state["energy"])
         if self._starts is not None:
             self._starts.restore(state["warm_start"], self.device)
         torch.set_rng_state(state["rng"])

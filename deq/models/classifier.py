@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from deq.gradients import Gradient
+from deq.gradients import Gradient, Implicit
 from deq.layer import DEQ, Equilibrium
 from deq.solvers import Solver
+from deq.tutorial import TutorialDEQ, TutorialSolver
 
 
 class ResidualCell(nn.Module):
@@ -53,7 +54,8 @@ class EquilibriumClassifier(nn.Module):
         image_channels: channels of the input images.
         image_size: height and width of the input images, in pixels.
         classes: number of classes.
-        solver: finds the equilibrium; ``gradient``: differentiates through it (see :class:`deq.DEQ`).
+        solver: finds the equilibrium; ``gradient``: differentiates through it (see :class:`deq.DEQ`). A solver of
+            :mod:`deq.tutorial` brings the tutorial's layer along.
         cuda_graph: replay recorded CUDA graphs in both solves (see :class:`deq.DEQ`).
         channels, inner, groups, init_std: sizes of the cell.
         pool: side of the average-pooling window, in pixels; divides ``image_size``.
@@ -98,9 +100,17 @@ class EquilibriumClassifier(nn.Module):
         self.stem = nn.Sequential(
             nn.Conv2d(image_channels, channels, kernel_size=3, padding=1), nn.BatchNorm2d(channels)
         )
-        self.deq = DEQ(
-            ResidualCell(channels, inner, groups, init_std), solver=solver, gradient=gradient, cuda_graph=cuda_graph
-        )
+        cell = ResidualCell(channels, inner, groups, init_std)
+        self.deq: DEQ
+        if isinstance(solver, TutorialSolver):
+            if cuda_graph or not isinstance(gradient, Implicit):
+                raise ValueError(
+                    f"the tutorial's layer, which {type(solver).__name__} brings, knows neither cuda_graph=true nor "
+                    "gradients other than implicit: leave them out, or use solver=forward or anderson"
+                )
+            self.deq = TutorialDEQ(cell, solver, gradient)
+        else:
+            self.deq = DEQ(cell, solver=solver, gradient=gradient, cuda_graph=cuda_graph)
         side = image_size // pool
         self.head = nn.Sequential(
             nn.BatchNorm2d(channels),

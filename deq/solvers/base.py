@@ -362,6 +362,23 @@ class Solver(ABC):
             tol=self.tol,
         )
 
+    def stopping_residual(self, solution: Solution[Any]) -> Tensor:
+        """(): what the stopping test compared with tol: the batch's largest residual, or the mean over the samples
+        that were not given up (over all, where all were).
+
+        Example:
+            >>> import torch
+            >>> from deq.solvers import Forward
+            >>> solver = Forward(tol=1e-2)
+            >>> bool(solver.stopping_residual(solver.solve(torch.cos, torch.zeros(2, 4))) <= 1e-2)
+            True
+        """
+        if self.stop == "max":
+            return solution.residual.max()
+        given_up = (solution.outcome == Outcome.NON_FINITE) | (solution.outcome == Outcome.DIVERGED)
+        given_up &= ~given_up.all()
+        return torch.where(given_up, 0.0, solution.residual).sum() / (~given_up).sum()
+
     def stop_at_mean(self, residual: Tensor, outcome: Tensor) -> None:
         """Ends the solve of all samples that move, in ``outcome``, where their mean meets the test. Both (B,)."""
         # Samples that were given up are left out; they do not keep the others from stopping.

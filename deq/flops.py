@@ -1,0 +1,65 @@
+"""Floating-point operations of a cell: the proxy for energy where no counter measures it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from deq.gradients import Gradient, Implicit
+from deq.statistics import Sums
+from deq.tutorial import TutorialDEQ
+
+
+@dataclass(frozen=True)
+class CellFlops:
+    """Floating-point operations for one sample, as ``torch.utils.flop_counter`` counts them: convolutions and matrix
+    products, a multiplication and an addition being two."""
+
+    evaluation: float
+    """Of f(z)."""
+    product: float
+    """Of J^T u, with f(z) recorded."""
+    gradient: float
+    """Of the gradients with respect to x and all parameters."""
+
+    @staticmethod
+    def of(cell: nn.Module, shape: Sequence[int]) -> CellFlops:
+        """Counts one evaluation and both ways back through it, at zeros; no parameter or buffer is touched.
+
+        Args:
+            cell: (z, x) -> z, with x in the shape of z. shape: of one sample's state.
+        """
+        parameter = next(cell.parameters())
+        z, x = (torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype) for _ in range(2))
+        z.requires_grad_()
+        x.requires_grad_()
+        weights = [weight for weight in cell.parameters() if weight.requires_grad]
+        with torch.random.fork_rng(), torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
+            with FlopCounterMode(display=False) as evaluation:
+                f: Tensor = cell.forward(z, x)  # not cell(...), which might be compiled
+            u = torch.zeros_like(f)
+            with FlopCounterMode(display=False) as product:
+                torch.autograd.grad(f, z, u, retain_graph=True)
+            with FlopCounterMode(display=False) as gradient:
+                torch.autograd.grad(f, [x, *weights], u, allow_unused=True)
+        return CellFlops(*(float(mode.get_total_flops()) for mode in (evaluation, product, gradient)))
+
+    def train_tflop(self, sums: Sums, layer: nn.Module, gradient: Gradient) -> float:
+        """1e12 operations of the cell in the training steps that ``sums`` counts. Stability losses are left out."""
+        counted = sums.values()
+        samples = counted.get("samples", 0.0)
+        recorded = 1 if isinstance(gradient, Implicit) else getattr(gradient, "steps", 1)
+        solves = counted.get("forward.sample_evaluations", 0.0) * self.evaluation
+        solves += counted.get("backward.sample_evaluations", 0.0) * self.product
+        attached = recorded * (self.evaluation + self.gradient) + (recorded - 1) * self.product
+        if isinstance(layer, TutorialDEQ):
+            attached += self.evaluation  # recorded once for the adjoint, once for the parameters
+        return (solves + samples * attached) / 1e12
+
+    def test_tflop(self, sample_evaluations: float) -> float:
+        """1e12 operations of the cell in ``sample_evaluations`` without a gradient."""
+        return sample_evaluations * self.evaluation / 1e12

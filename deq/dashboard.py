@@ -43,17 +43,14 @@ COLUMNS = (
 )
 """Values at a run's end that stand beside its name in the list of runs."""
 
-TRACES = {
-    "residual against evaluations": "evaluations of f",
-    "residual against seconds": "seconds",
-}
+TRACES = {key: key.rpartition("_")[2] for key in metrics.CHARTS}
 """Custom charts that a run logs (``wandb.plot.line_series``): key → what its x axis counts."""
 
 MEASURED = frozenset(name for name in metrics.NAMES if name.endswith("_joules") or name == "energy/co2_grams")
 """Names that exist only where the machine has a counter of energy."""
 
-OPTIONAL = MEASURED | {"train/jacobian_penalty", "train/correction_loss"}
-"""Names that a run with the default configuration may lack: no counter, no loss beside the cross-entropy."""
+OPTIONAL = MEASURED | {"train/jacobian_penalty", "train/correction_loss", "speedup/crossover_residual"}
+"""Names that a run with the default configuration may lack: no counter, one loss alone, no crossing."""
 
 _RUNS_ASKED = 500  # newest runs whose names are asked for; with more, older ones can only add what all of these lack
 _MISTAKE = 2  # exit status, as of train.py
@@ -164,7 +161,10 @@ SECTIONS = (
         "Convergence",
         2,  # forward solves on the left, backward solves on the right
         (
-            *(Panel(key.capitalize(), (key,), "relative residual", kind="chart") for key in TRACES),
+            *(
+                Panel(f"Residual of one solve against {axis}", (key,), "log10 of the relative residual", kind="chart")
+                for key, axis in TRACES.items()
+            ),
             Panel("Evaluations a forward solve", ("solver/forward_evaluations",), "evaluations of f"),
             Panel("Evaluations a backward solve", ("solver/backward_evaluations",), "products with the Jacobian"),
             Panel("Evaluations a sample, forward", ("solver/forward_sample_evaluations",), "evaluations of f"),
@@ -208,6 +208,9 @@ SECTIONS = (
                 "relative residual",
                 log=True,
             ),
+            Panel("Mixing penalty", ("speedup/mixing_penalty",), "share of a forward iteration's seconds", kind="bar"),
+            Panel("Mixing penalty in seconds", ("speedup/mixing_penalty_s",), "seconds an iteration", kind="bar"),
+            Panel("Ahead in seconds below", ("speedup/crossover_residual",), "relative residual", kind="bar"),
         ),
     ),
     Section(
@@ -251,7 +254,7 @@ def sections(logged: Collection[str] | None = None) -> tuple[Section, ...]:
     """:data:`SECTIONS` without what would be empty.
 
     Args:
-        logged: names in the history of some run of the project; None takes :func:`default_names`.
+        logged: names in the history or the summary of some run of the project; None takes :func:`default_names`.
     """
     names = default_names() if logged is None else logged
     reduced = (
@@ -266,7 +269,7 @@ def workspace(entity: str, project: str, logged: Collection[str] | None = None) 
 
     Args:
         entity: W&B user or team. project: W&B project.
-        logged: names in the history of some run of the project; None takes :func:`default_names`.
+        logged: names in the history or the summary of some run of the project; None takes :func:`default_names`.
 
     Raises:
         UserError: wandb-workspaces is not installed.
@@ -365,12 +368,12 @@ def publish(project: str, entity: str | None, timeout: float) -> str:
 
 
 def _logged(api: Any, entity: str, project: str) -> set[str]:
-    """Names in the histories of the project's newest runs."""
+    """Names in the histories and summaries of the project's newest runs."""
     names: set[str] = set()
     try:
-        # Not lazy: a lazy run asks for its keys in a request of its own.
+        # Not lazy: a lazy run asks for its names in a request of its own.
         for run in islice(api.runs(f"{entity}/{project}", order="-created_at", lazy=False, per_page=100), _RUNS_ASKED):
-            names |= ((run.history_keys or {}).get("keys") or {}).keys()
+            names |= ((run.history_keys or {}).get("keys") or {}).keys() | run.summary_metrics.keys()
     except ValueError as error:  # what wandb raises for a project that is not there
         raise UserError(
             f"W&B has no project {entity}/{project} ({first_line(error)}); upload a run first: wandb sync RUN_FOLDER"

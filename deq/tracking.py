@@ -272,14 +272,14 @@ class _Wandb:
         self._try("chart", draw)
 
     def log(self, row: Row) -> None:
-        self._try("log", lambda: self._run.log(row, step=int(row["step"])))
+        # Committed at once: a row that is kept back until the next one comes is missing in the charts of a run that
+        # goes on, and at the end of one its values would be written over the summary's.
+        self._try("log", lambda: self._run.log(row, step=int(row["step"]), commit=True))
 
     def finish(self, summary: Mapping[str, float], failed: bool) -> None:
         def close() -> None:
             import wandb
 
-            # W&B keeps the last row back until the next one comes, and would write its values over the summary's.
-            self._run.log({}, commit=True)
             self._run.summary.update(dict(summary))
             self._run.finish(exit_code=int(failed))
             # finish() only tells W&B's own process to close the offline file; the end of that process is waited for.

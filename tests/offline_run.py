@@ -38,9 +38,14 @@ class OfflineRun:
     exit_code: int | None = None
 
     @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of the history that are rows of ``metrics.jsonl``; charts stand in others."""
+        return [row for row in self.history if "step" in row]
+
+    @property
     def logged(self) -> set[str]:
-        """Names in any row."""
-        return set().union(*self.history)
+        """Names in any row or in the summary."""
+        return set(self.summary).union(*self.history)
 
 
 def read(folder: Path) -> OfflineRun:

@@ -100,17 +100,17 @@ def test_a_real_run_fills_every_panel(run: OfflineRun) -> None:
 
 
 def test_a_run_with_the_defaults_logs_what_the_dashboard_takes_it_to_log(run: OfflineRun) -> None:
-    of_wandb = {name for name in run.logged if name.startswith("_")}
-    measured_here = run.logged & dashboard.MEASURED  # a machine with a counter logs these, too
-    assert run.logged - of_wandb - measured_here == dashboard.default_names() | {"step", "epoch"}
+    own = {name for name in run.logged if not name.startswith("_")} - {"step", "epoch"}
+    # A machine with a counter logs these, too.
+    assert own - dashboard.OPTIONAL == dashboard.default_names()
     assert dashboard.default_names() <= run.summary.keys()
 
 
 def test_the_offline_file_holds_all_that_the_run_folder_holds(folder: Path, run: OfflineRun) -> None:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) > 1
-    assert [{name: row[name] for name in own} for row, own in zip(run.history, rows, strict=True)] == rows
-    assert [row["_step"] for row in run.history] == [row["step"] for row in rows]
+    assert [{name: row[name] for name in own} for row, own in zip(run.rows, rows, strict=True)] == rows
+    assert [row["_step"] for row in run.rows] == [row["step"] for row in rows]
     summary = json.loads((folder / "summary.json").read_text())
     assert {name: run.summary[name] for name in summary} == summary
     config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
@@ -172,7 +172,9 @@ def test_runs_are_grouped_by_solver_and_window_and_nothing_is_smoothed() -> None
 
 
 def test_sections_of_a_usual_run_have_one_page_without_a_hole() -> None:
-    sections = specification(dashboard.workspace("entity", "project"))["section"]["panelBankConfig"]["sections"]
+    usual = dashboard.default_names() | {"speedup/crossover_residual"}
+    spec = specification(dashboard.workspace("entity", "project", usual))
+    sections = spec["section"]["panelBankConfig"]["sections"]
     assert [section["name"] for section in sections] == [
         "Accuracy against time", "Convergence", "Speedup", "Energy", "Memory",
     ]  # fmt: skip
@@ -192,21 +194,22 @@ def test_panels_and_axes_have_titles_of_their_own() -> None:
     assert len(set(told)) == len(told)
 
 
-def test_the_panel_of_a_trace_is_the_chart_that_wandb_draws_of_it() -> None:
-    (key, axis), *_ = dashboard.TRACES.items()
-    chart = wandb.plot.line_series([1, 2], [[0.1, 0.01]], keys=["Anderson"], title=key.capitalize(), xname=axis)
-    chart.set_key(key)
-    panels = panels_of(specification(dashboard.workspace("entity", "project", {chart.spec.table_key})))
-    assert len(panels) == 1
-    theirs, ours = chart.spec.config_value["panel_config"], panels[0]["config"]
+def test_the_panel_of_a_trace_is_the_chart_that_the_run_has_drawn(run: OfflineRun) -> None:
+    charts = run.config["_wandb"]["visualize"]
+    assert charts.keys() == metrics.CHARTS.keys()
 
     def fields(config: dict[str, Any]) -> dict[str, Any]:
         return {field["name"]: field for field in config["userQuery"]["queryFields"][0]["fields"]}
 
-    for part in ("panelDefId", "fieldSettings", "stringSettings", "transform"):
-        assert ours[part] == theirs[part]
-    # W&B's own query also asks for a run's colour, for which this chart has no field.
-    assert {name: fields(theirs)[name] for name in fields(ours)} == fields(ours)
+    for key, chart in charts.items():
+        panels = panels_of(specification(dashboard.workspace("entity", "project", {f"{key}_table"})))
+        assert len(panels) == 1
+        theirs, ours = chart["panel_config"], panels[0]["config"]
+        for part in ("panelDefId", "fieldSettings", "transform"):
+            assert ours[part] == theirs[part]
+        assert ours["stringSettings"]["xname"] == theirs["stringSettings"]["xname"]
+        # W&B's own query also asks for a run's colour, for which this chart has no field.
+        assert {name: fields(theirs)[name] for name in fields(ours)} == fields(ours)
 
 
 def test_a_record_of_several_blocks_is_read(tmp_path: Path) -> None:
@@ -228,16 +231,16 @@ def test_a_damaged_file_is_refused(folder: Path) -> None:
             list(offline_run.records(damaged))
 
 
-WITHOUT = """
+WITHOUT_WANDB = """
 import sys
-sys.modules.update(dict.fromkeys(sys.argv.pop(1).split(",")))  # as if they were not installed
+sys.modules.update(wandb=None, wandb_workspaces=None)  # as if they were not installed
 from deq import dashboard
 dashboard.main()
 """
 
 
 def test_the_panels_can_be_looked_at_without_wandb(tmp_path: Path) -> None:
-    told = python("-c", WITHOUT, "wandb,wandb_workspaces", "--project", "mine", "--dry-run", folder=tmp_path)
+    told = python("-c", WITHOUT_WANDB, "--project", "mine", "--dry-run", folder=tmp_path)
     assert (told.returncode, told.stderr) == (0, "")
     listed, left_out = told.stdout.split("Left out unless some run has logged them")
     for section in dashboard.SECTIONS:
@@ -247,18 +250,46 @@ def test_the_panels_can_be_looked_at_without_wandb(tmp_path: Path) -> None:
     assert "joules" not in listed
 
 
-def test_without_wandb_workspaces_it_says_what_to_install(tmp_path: Path) -> None:
-    told = python("-c", WITHOUT, "wandb_workspaces", "--project", "mine", folder=tmp_path)
-    assert (told.returncode, told.stdout) == (2, "")
-    assert told.stderr.startswith("error: the dashboard needs wandb-workspaces")
-    assert told.stderr.endswith("install it: pip install -e '.[dashboard]'\n")
-    assert told.stderr.count("\n") == 1
+def test_without_wandb_workspaces_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)  # as if it were not installed
+    with pytest.raises(SystemExit) as stopped:
+        dashboard.main(["--project", "mine"])
+    assert stopped.value.code == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("error: the dashboard needs wandb-workspaces")
+    assert told.err.endswith("install it: pip install -e '.[dashboard]'\n")
+    assert told.err.count("\n") == 1
 
 
 @contextmanager
-def wandb_server(runs: list[set[str]] | None) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A W&B on this machine whose project has these runs (None: there is no project), and the views it was sent."""
+def wandb_server(projects: dict[str, list[set[str]]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A W&B on this machine, with the names in the histories of each project's runs, and the views that it is sent."""
     views: list[dict[str, Any]] = []
+
+    def run(number: int, names: set[str]) -> dict[str, Any]:
+        keys = {"keys": {name: {} for name in names}, "lastStep": 4} if names else None
+        summary = json.dumps({"speedup/mixing_penalty": 0.1})
+        user = {"name": "someone", "username": "someone"}
+        about = {"id": str(number), "name": str(number), "displayName": "run", "state": "finished", "tags": []}
+        return {**about, "user": user, "config": "{}", "summaryMetrics": summary, "historyKeys": keys}
+
+    def answer(query: str, variables: dict[str, Any]) -> dict[str, Any]:
+        if "upsertView" in query:
+            views.append(variables)
+            return {"upsertView": {"view": {"id": "1", "name": variables["name"]}, "inserted": True}}
+        if "runs(" in query:
+            if variables["project"] not in projects:
+                return {"project": None}
+            runs = projects[variables["project"]]
+            edges = [{"node": run(number, names), "cursor": str(number)} for number, names in enumerate(runs)]
+            page = {"endCursor": None, "hasNextPage": False}
+            return {"project": {"internalId": "1", "runCount": len(runs), "runs": {"edges": edges, "pageInfo": page}}}
+        if "viewer" in query:
+            return {"viewer": {"id": "1", "entity": "someone", "username": "someone", "flags": "{}"}}
+        return {}
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -267,39 +298,12 @@ def wandb_server(runs: list[set[str]] | None) -> Iterator[tuple[str, list[dict[s
                 self.send_error(404)
                 return
             asked = json.loads(body)
-            data = json.dumps({"data": self.answer(asked["query"], asked.get("variables") or {})}).encode()
+            data = json.dumps({"data": answer(asked["query"], asked.get("variables") or {})}).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
-
-        def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
-            if "upsertView" in query:
-                views.append(variables)
-                return {"upsertView": {"view": {"id": "1", "name": variables["name"]}, "inserted": True}}
-            if "runs(" in query:
-                if runs is None:
-                    return {"project": None}
-                edges = [
-                    {
-                        "node": {
-                            "id": str(number), "name": str(number), "displayName": "run", "state": "finished",
-                            "config": "{}", "summaryMetrics": "{}", "systemMetrics": "{}", "tags": [],
-                            "user": {"name": "someone", "username": "someone"},
-                            "historyKeys": {"keys": {name: {} for name in names}, "lastStep": 4} if names else None,
-                        },
-                        "cursor": str(number),
-                    }
-                    for number, names in enumerate(runs)
-                ]  # fmt: skip
-                page = {"endCursor": None, "hasNextPage": False}
-                return {
-                    "project": {"internalId": "1", "runCount": len(edges), "runs": {"edges": edges, "pageInfo": page}}
-                }
-            if "viewer" in query:
-                return {"viewer": {"id": "1", "entity": "someone", "username": "someone", "flags": "{}"}}
-            return {}
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -313,57 +317,65 @@ def wandb_server(runs: list[set[str]] | None) -> Iterator[tuple[str, list[dict[s
         server.server_close()
 
 
-def publish(url: str, folder: Path, *options: str, key: str = "0123456789" * 4) -> tuple[int, str, str]:
-    told = python(
-        "-m", "deq.dashboard", "--project", "mine", *options,
-        folder=folder, WANDB_BASE_URL=url, WANDB_API_KEY=key, HOME=str(folder),
-    )  # fmt: skip
-    return told.returncode, told.stdout, told.stderr
+def logged_in_at(url: str, folder: Path) -> dict[str, str]:
+    return {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0123456789" * 4, "HOME": str(folder)}
 
 
-def test_the_saved_workspace_has_the_panels_of_what_any_run_logged(tmp_path: Path) -> None:
-    runs = [{"train/loss", "step"}, set[str](), {"test/accuracy", "energy/gpu_joules"}]
-    with wandb_server(runs) as (url, views):
-        status, shown, errors = publish(url, tmp_path)
-    assert (status, errors) == (0, "")
-    assert re.fullmatch(rf"{re.escape(url)}/someone/mine\?nw=\w+\n", shown)
+COMMANDS = """
+import json, sys
+from deq import dashboard
+for arguments in json.loads(sys.argv[1]):
+    try:
+        dashboard.main(arguments)
+    except SystemExit as stopped:
+        print("status", stopped.code)
+"""
+
+
+def test_the_saved_workspace_has_the_panels_of_what_any_run_logged_and_no_project_is_told(tmp_path: Path) -> None:
+    projects = {"mine": [{"train/loss", "step"}, set[str](), {"test/accuracy", "energy/gpu_joules"}], "empty": []}
+    commands = [["--project", "mine"], *(["--project", name, "--entity", "team"] for name in ("empty", "missing"))]
+    with wandb_server(projects) as (url, views):  # one process, or this takes a minute
+        told = python("-c", COMMANDS, json.dumps(commands), folder=tmp_path, **logged_in_at(url, tmp_path))
+    assert re.fullmatch(rf"{re.escape(url)}/someone/mine\?nw=\w+\nstatus 2\nstatus 2\n", told.stdout), told
     (view,) = views
     assert (view["entityName"], view["projectName"], view["displayName"]) == ("someone", "mine", dashboard.NAME)
-    assert names_of(json.loads(view["spec"])) == {"train/loss", "test/accuracy", "energy/gpu_joules"}
-
-
-@pytest.mark.parametrize(
-    ("runs", "sentence"),
-    [
-        (None, "W&B has no project team/mine (Could not find project mine); upload a run first"),
-        ([], "no run of team/mine has logged anything that is on a panel; train with logger.project=mine"),
-    ],
-)
-def test_a_project_without_runs_is_told_in_one_sentence(
-    runs: list[set[str]] | None, sentence: str, tmp_path: Path
-) -> None:
-    with wandb_server(runs) as (url, views):
-        status, shown, errors = publish(url, tmp_path, "--entity", "team")
-    assert (status, shown, views) == (2, "", [])
-    assert errors.startswith(f"error: {sentence}")
-    assert errors.count("\n") == 1
+    in_histories = {"train/loss", "test/accuracy", "energy/gpu_joules"}
+    assert names_of(json.loads(view["spec"])) == in_histories | {"speedup/mixing_penalty"}
+    empty, missing = told.stderr.splitlines()
+    assert empty == (
+        "error: no run of team/empty has logged anything that is on a panel; train with logger.project=empty"
+    )
+    assert missing.startswith("error: W&B has no project team/missing (Could not find project missing); upload a run")
 
 
 def test_a_wandb_out_of_reach_is_told_in_one_sentence_and_in_time(tmp_path: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # nobody listens there
-        status, shown, errors = publish(f"http://127.0.0.1:{closed.getsockname()[1]}", tmp_path, "--timeout", "1")
-    assert (status, shown) == (2, "")
-    assert errors == (
+        variables = logged_in_at(f"http://127.0.0.1:{closed.getsockname()[1]}", tmp_path)
+        told = python("-m", "deq.dashboard", "--project", "mine", "--timeout", "1", folder=tmp_path, **variables)
+    assert (told.returncode, told.stdout) == (2, "")
+    assert told.stderr == (
         "error: W&B failed (no answer in 1 s); look at the network and WANDB_BASE_URL, log in with `wandb login`, "
         "and try again\n"
     )
 
 
-def test_without_a_login_it_says_how_to_log_in(tmp_path: Path) -> None:
-    status, shown, errors = publish("http://127.0.0.1:1", tmp_path, key="")
-    assert (status, shown) == (2, "")
-    assert errors == "error: not logged in to W&B; run `wandb login` once, or look at the panels with --dry-run\n"
+def test_without_a_login_it_says_how_to_log_in_and_asks_for_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def login(*, prompt: bool, verify: bool) -> bool:
+        assert not prompt
+        assert not verify
+        return False
+
+    monkeypatch.setattr(wandb, "login", login)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with pytest.raises(SystemExit) as stopped:
+        dashboard.main(["--project", "mine"])
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    assert told == "error: not logged in to W&B; run `wandb login` once, or look at the panels with --dry-run\n"
 
 
 def test_a_mistake_on_the_command_line_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -375,9 +387,3 @@ def test_a_mistake_on_the_command_line_is_told(capsys: pytest.CaptureFixture[str
             dashboard.main(arguments)
         assert stopped.value.code == 2
         assert sentence in capsys.readouterr().err
-
-
-def test_importing_the_dashboard_does_not_import_wandb(tmp_path: Path) -> None:
-    code = "import sys, deq.dashboard; print(sorted({'wandb', 'wandb_workspaces'} & set(sys.modules)))"
-    assert python("-c", code, folder=tmp_path).stdout == "[]\n"
-    assert "wandb_workspaces" in sys.modules  # here it was needed

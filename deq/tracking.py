@@ -276,7 +276,9 @@ class _Wandb:
         self._try("chart", draw)
 
     def log(self, row: Row) -> None:
-        self._try("log", lambda: self._run.log(row, step=int(row["step"])))
+        # Committed at once: a row that is kept back until the next one comes is missing in the charts of a run that
+        # goes on, and at the end of one its values would be written over the summary's.
+        self._try("log", lambda: self._run.log(row, step=int(row["step"]), commit=True))
 
     def finish(self, summary: Mapping[str, float], failed: bool) -> None:
         def close() -> None:

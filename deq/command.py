@@ -444,7 +444,7 @@ def _knobs(conf: Path) -> dict[str, set[str]]:
 def _leaves(content: dict[str, Any]) -> Iterator[str]:
     """The dotted names of what a user may set in a config file."""
     for name, value in content.items():
-        if name != "defaults" and not name.startswith("_"):
+        if name not in ("defaults", "hydra") and not name.startswith("_"):
             if not isinstance(value, dict):
                 yield name
             elif name != "optimizer":  # wired to the group's own knobs

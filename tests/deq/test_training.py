@@ -97,22 +97,28 @@ def saved_through_a_file(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("step", "warm_start"),
-    [(1, False), (7, False), (10, False), (8, True)],
-    ids=["first step", "middle of an epoch", "last step of an epoch", "warm starts"],
-)
-def test_resumed_run_equals_uninterrupted_run(step: int, warm_start: bool, tmp_path: Path) -> None:
-    whole = trainer(tmp_path / "whole", warm_start=warm_start)
+    ("step", "warm_start", "evaluate_every"),
+    [(1, False, None), (7, False, None), (10, False, None), (8, True, None), (6, False, 3), (7, False, 3)],
+    ids=[
+        "first step", "middle of an epoch", "last step of an epoch", "warm starts", "before an evaluation within",
+        "after an evaluation within",
+    ],
+)  # fmt: skip
+def test_resumed_run_equals_uninterrupted_run(
+    step: int, warm_start: bool, evaluate_every: int | None, tmp_path: Path
+) -> None:
+    more: dict[str, Any] = {"warm_start": warm_start, "evaluate_every": evaluate_every}
+    whole = trainer(tmp_path / "whole", **more)
     expected = whole.run()
 
     saved: list[dict[str, Any]] = []
     data = digits(augment="crop", train_size=160, test_size=64)
-    first = trainer(tmp_path / "first", warm_start=warm_start, batches=StopsAt(data, signal.SIGINT, step), saved=saved)
+    first = trainer(tmp_path / "first", **more, batches=StopsAt(data, signal.SIGINT, step), saved=saved)
     with pytest.raises(Interrupted):
         first.run()
     assert first.position.step == step
 
-    second = trainer(tmp_path / "second", warm_start=warm_start)
+    second = trainer(tmp_path / "second", **more)
     torch.rand(13)  # the state of the generators has to come from the checkpoint
     second.restore(saved_through_a_file(saved[-1], tmp_path))
     result = second.run()
@@ -200,6 +206,16 @@ def test_a_row_covers_the_steps_since_the_previous_row(tmp_path: Path) -> None:
     losses = [row["train/loss"] for row in run.tracker.rows]
     mean_of_steps = (2 * losses[3] + 2 * losses[4] + losses[5]) / STEPS_AN_EPOCH
     assert run.last_evaluation["train/loss"] == pytest.approx(mean_of_steps)
+
+
+def test_evaluations_within_an_epoch_come_beside_those_at_its_end(tmp_path: Path) -> None:
+    run = trainer(tmp_path, evaluate_every=3, epochs=2)
+    summary = run.run()
+    evaluated = [row for row in run.tracker.rows if "test/accuracy" in row]
+    assert [row["step"] for row in evaluated] == [3, 5, 6, 9, 10]
+    assert [row["step"] for row in run.tracker.rows] == [2, 3, 4, 5, 6, 7, 9, 10]
+    assert summary["time/test_s"] == evaluated[-1]["time/test_s"] > 0
+    assert summary["time/train_s"] + summary["time/test_s"] < summary["time/elapsed_s"]
 
 
 def test_unconverged_fraction_pools_both_solves(tmp_path: Path) -> None:

@@ -436,7 +436,8 @@ def _knobs(conf: Path) -> dict[str, set[str]]:
         group, content = file.parent.name, _content(file)
         own = content.get(group, content)  # data's files are written from the top level
         for node in (group, "adjoint") if group == "solver" else (group,):
-            for name in ("", *(f".{knob}" for knob in _leaves(own))):
+            # An experiment has no knobs of its own: it sets those of the others.
+            for name in ("", *(f".{knob}" for knob in (_leaves(own) if group != "experiment" else ()))):
                 knobs.setdefault(node + name, set()).add(f"{group}={file.stem}")
     return knobs
 

@@ -155,7 +155,8 @@ MISTAKES = {
     "stop=median": "stop must be one of max, mean, got 'median'",
     "max_iter=0": "max_iter must be an integer of at least 1, got 0",
     "regularization=none": "regularization must be one of scaled, absolute, got 'none'",
-    "solver=newton": "solver must be one of anderson, broyden, forward, tutorial_anderson, tutorial_forward, got newton",
+    "solver=newton": "solver must be one of anderson, broyden, forward, tutorial_anderson, tutorial_forward, got "
+    "newton",
     "solver.history_dtype=fp8": "solver.history_dtype must be one of bfloat16 or null, got 'fp8'",
     "solver=broyden solver.memory=0": "solver.memory must be an integer of at least 1, got 0",
     "model=large": "model must be one of paper, small, got large",

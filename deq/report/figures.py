@@ -15,7 +15,7 @@ Dash = Literal["solid", "dash", "dot"]
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255")
 """Okabe and Ito's colours, which the colour-blind tell apart, but for a wine red in the place of their pale yellow."""
-BASELINE, SECOND_BASELINE, FAINT = "#222222", "#8C6D31", "#B8BEC6"
+BASELINE, SECOND_BASELINE, FAINT, RULE = "#222222", "#8C6D31", "#B8BEC6", "#6B7280"
 
 MOST_COLOURED = len(PALETTE)
 """Arms beside the baselines that have a colour; of more, the fastest have one and the others are grey."""
@@ -49,21 +49,21 @@ class Line:
 
 @dataclass(frozen=True)
 class Rule:
-    """A thin dashed line across the panel at ``y``, with a text at its right end."""
+    """A thin line across the panel at ``y``; what it means is in the legend, where no curve can run over it."""
 
     y: float
-    text: str
-    colour: str = "#6B7280"
+    style: Style
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A point that is pointed out; without a text it is a symbol alone."""
+    """A point that is pointed out. A text, if there is one, begins at ``text_at`` (x, y) and a line leads to it."""
 
     x: float
     y: float
     style: Style
     text: str = ""
+    text_at: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -224,32 +224,39 @@ def _accuracy(comparison: Comparison, styles: dict[int, Style]) -> Drawn:
         )
         shown.append(one.arm)
         first = next(iter(one.against.values()), None)
-        if first is not None and first.seconds is not None and first.target is not None and not style.faint:
+        # The median of the seeds that reach it would flatter an arm of which others do not.
+        reached = first is not None and not first.never and not style.faint
+        if reached and first is not None and first.seconds is not None and first.target is not None:
             marks.append(Mark(first.seconds.median, 100 * first.target.median, style))
     if not lines:
         return Missing(key, title, "No run has been evaluated yet: a run's first evaluation ends its first epoch.")
     rules = []
     if comparison.target is not None:
-        rules.append(Rule(100 * comparison.target, f"target {100 * comparison.target:g} % (--target)"))
+        rules.append(_rule(100 * comparison.target, f"target: {100 * comparison.target:g} % (--target)"))
     else:
         for arm in comparison.baselines[:2]:
             best = _numbers(comparison, arm).own["test_accuracy_best"]
             if best is not None:
-                rules.append(Rule(100 * best.median, f"best of {_short(arm)}: {100 * best.median:.2f} %"))
+                entry = f"target: best of {_short(arm)}, {100 * best.median:.2f} % (median)"
+                rules.append(_rule(100 * best.median, entry, styles[id(arm)].colour))
     caption = (
         "Line: median of the seeds at each evaluation, band: their range. Seconds of training steps alone, without "
         "evaluation and loading."
     )
     if marks:
-        aim = "the target" if comparison.target is not None else "its baseline's best accuracy"
-        caption += f" Diamond: median seconds until an arm's seeds reach {aim}."
+        aim = "the target" if comparison.target is not None else "the baseline's best accuracy"
+        caption += f" Diamond: median seconds until {aim}, where all seeds reach it."
     return Figure(
         key,
         title,
         caption,
         [Panel("seconds of training", "test accuracy, %", lines=_faint_first(lines), rules=rules, marks=marks)],
-        _legend(comparison, styles, shown),
+        [*_legend(comparison, styles, shown), *(rule.style for rule in rules)],
     )
+
+
+def _rule(y: float, entry: str, colour: str = RULE) -> Rule:
+    return Rule(y, Style(colour, "dot", 1.2, entry))
 
 
 def _short(arm: Arm) -> str:
@@ -366,11 +373,11 @@ def _residual(comparison: Comparison, styles: dict[int, Style], arm: Arm, run: R
         cross = trade.by_seconds
         if cross is not None:
             text = f"crossover: {cross.residual:.1e}<br>at {scale * cross.at:.3g} {unit}" if trade is told else ""
-            seconds.marks.append(Mark(scale * cross.at, cross.residual, looks[id(curve)], text))
+            seconds.marks.append(Mark(scale * cross.at, cross.residual, looks[id(curve)], text, _free_corner(seconds)))
         cross = trade.by_evaluations
         if cross is not None:
             text = f"crossover: {cross.residual:.1e}<br>at {cross.at:g} evaluations" if trade is told else ""
-            counts.marks.append(Mark(cross.at, cross.residual, looks[id(curve)], text))
+            counts.marks.append(Mark(cross.at, cross.residual, looks[id(curve)], text, _free_corner(counts)))
     caption = (
         f"Mean over {traces.batch} (band: 10th to 90th percentile) with the model that this run trained, seed "
         f"{run.seed}; seconds from the start of the solve, median of repeats"
@@ -385,7 +392,13 @@ def _residual(comparison: Comparison, styles: dict[int, Style], arm: Arm, run: R
             caption += f" Bracket: what {told.solver} takes longer than forward iteration for as many evaluations."
     if traces.tol is not None and traces.stop == "max":
         caption += " Solves of training stop when the worst sample, not the mean, is at tol."
-    return Figure(key, f"Relative residual of one solve: {arm.label}", caption, [seconds, counts], [*looks.values()])
+    return Figure(
+        key,
+        f"Relative residual of one solve: {arm.label}",
+        caption,
+        [seconds, counts],
+        [*looks.values(), *(rule.style for rule in counts.rules)],
+    )
 
 
 def _residual_panel(
@@ -402,8 +415,16 @@ def _residual_panel(
         "against time" if unit else "against evaluations",
         log_y=True,
         lines=sorted(lines, key=lambda line: "(baseline)" in line.style.entry),
-        rules=[Rule(tol, f"tol {tol:g}")] if tol is not None else [],
+        rules=[_rule(tol, f"tol {tol:g}")] if tol is not None else [],
     )
+
+
+def _free_corner(panel: Panel) -> tuple[float, float]:
+    """A point at the lower left, which curves that fall leave free. The y axis is logarithmic."""
+    x = [value for line in panel.lines for value in line.x]
+    y = [value for line in panel.lines for value in line.low or line.y]
+    top = max(value for line in panel.lines for value in line.high or line.y)
+    return min(x) + 0.02 * (max(x) - min(x)), min(y) * (top / min(y)) ** 0.1
 
 
 def _penalty_bracket(trade: Trade, curve: Trace, forward: Trace, scale: float, colour: str) -> Bracket | None:

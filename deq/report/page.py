@@ -66,11 +66,13 @@ td small { display: block; color: var(--soft); font-size: 0.86em; }
 """
 
 _SCRIPT = """
-const figures = JSON.parse(document.getElementById("figures").textContent);
+const figures = JSON.parse(document.getElementById("plots").textContent);
+// A touch screen has no hovering: there the buttons would always lie on the plot.
+const displayModeBar = matchMedia("(hover: hover)").matches ? "hover" : false;
 for (const [id, plot] of Object.entries(figures)) {
   const div = document.getElementById(id);
   div.style.height = plot.layout.height + "px";
-  Plotly.newPlot(div, plot.data, plot.layout, {responsive: true, displaylogo: false, displayModeBar: "hover",
+  Plotly.newPlot(div, plot.data, plot.layout, {responsive: true, displaylogo: false, displayModeBar,
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"], scrollZoom: false});
 }
 for (const button of document.querySelectorAll(".legend button")) {
@@ -81,11 +83,11 @@ for (const button of document.querySelectorAll(".legend button")) {
       const name = button.dataset.entry;
       const traces = div.data.flatMap((trace, index) => trace.legendgroup === name ? [index] : []);
       if (traces.length) Plotly.restyle(div, {visible: on}, traces);
-      const texts = {};
-      (div.layout.annotations || []).forEach((text, index) => {
-        if (text.name === name) texts[`annotations[${index}].visible`] = on;
+      const others = {};
+      for (const kind of ["annotations", "shapes"]) (div.layout[kind] || []).forEach((one, index) => {
+        if (one.name === name) others[`${kind}[${index}].visible`] = on;
       });
-      if (Object.keys(texts).length) Plotly.relayout(div, texts);
+      if (Object.keys(others).length) Plotly.relayout(div, others);
     }
   });
 }
@@ -98,8 +100,7 @@ def page(text: Text, figures: Sequence[Drawn], out: Path) -> str:
     """The whole file. ``out``: the folder that it will lie in, which links to run folders start from."""
     plots: dict[str, Any] = {}
     drawn = [_figure(figure, plots) if isinstance(figure, Figure) else _missing(figure) for figure in figures]
-    # A table of many columns is for looking things up; what a reader came for is in the one against the baseline.
-    tables = [_table(table, out) for table in [*text.main[1:], text.main[0]]]
+    tables = [_table(table, out) for table in text.main]
     sections = [
         ("run", "What was run", _conditions(text)),
         ("missing", "What is missing", _gaps(text.gaps)),
@@ -125,7 +126,7 @@ def page(text: Text, figures: Sequence[Drawn], out: Path) -> str:
         f'<p class="headline">{_escape(text.headline)}</p>'
         + "".join(f'<p class="warning">{_escape(one)}</p>' for one in text.warnings)
         + f"<nav>{links}</nav>{body}</main>"
-        f'<script id="figures" type="application/json">{data}</script><script>{_SCRIPT}</script></body></html>\n'
+        f'<script id="plots" type="application/json">{data}</script><script>{_SCRIPT}</script></body></html>\n'
     )
 
 

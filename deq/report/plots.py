@@ -24,12 +24,19 @@ def plot_of(panel: Panel) -> Json:
         "showlegend": False,
         "hovermode": "closest",
         "hoverlabel": {"namelength": -1},
+        "modebar": {"bgcolor": "rgba(255,255,255,0.7)", "color": "#9CA3AF", "activecolor": _INK},
         "height": 360,
         "xaxis": {"title": {"text": panel.x_title}, "gridcolor": _GRID, "zeroline": False, "automargin": True},
         "yaxis": {"title": {"text": panel.y_title}, "gridcolor": _GRID, "zeroline": False, "automargin": True},
         "shapes": [],
         "annotations": [],
     }
+    for axis in ("xaxis", "yaxis"):
+        layout[axis]["title"]["font"] = {"size": 13}
+        layout[axis]["tickfont"] = {"size": 12}
+    if panel.x_title == "epoch":
+        last = max((x for line in panel.lines for x in line.x), default=1.0)
+        layout["xaxis"]["dtick"] = max(1, round(last / 8))
     if panel.title:
         layout["title"] = {"text": panel.title, "font": {"size": 14}, "x": 0, "xref": "paper", "y": 0.98}
     data: list[Json] = []
@@ -39,11 +46,12 @@ def plot_of(panel: Panel) -> Json:
         _add_bars(data, layout, panel.bars)
     else:
         if panel.log_y:
-            layout["yaxis"] |= {"type": "log", "exponentformat": "power", "dtick": 1}
+            # Powers of ten are drawn a quarter larger than the font that is set.
+            layout["yaxis"] |= {"type": "log", "exponentformat": "power", "dtick": 1, "tickfont": {"size": 10}}
         for line in panel.lines:
             _add_line(data, line, panel)
-        for number, rule in enumerate(panel.rules):
-            _add_rule(layout, rule, panel.log_y, above=number % 2 == 0)
+        for rule in panel.rules:
+            _add_rule(layout, rule)
         for bracket in panel.brackets:
             _add_bracket(data, layout, bracket, panel.log_y)
         for mark in panel.marks:
@@ -84,28 +92,18 @@ def _add_line(data: list[Json], line: Line, panel: Panel) -> None:
     )
 
 
-def _add_rule(layout: Json, rule: Rule, log: bool, *, above: bool) -> None:
+def _add_rule(layout: Json, rule: Rule) -> None:
     layout["shapes"].append(
         {
             "type": "line",
+            "name": rule.style.entry,
+            "layer": "below",
             "xref": "paper",
             "x0": 0,
             "x1": 1,
             "y0": rule.y,
             "y1": rule.y,
-            "line": {"color": rule.colour, "width": 1, "dash": "dash"},
-        }
-    )
-    layout["annotations"].append(
-        {
-            "xref": "paper",
-            "x": 1,
-            "y": _at(rule.y, log),
-            "text": rule.text,
-            "showarrow": False,
-            "xanchor": "right",
-            "yanchor": "bottom" if above else "top",
-            "font": {"size": 12, "color": rule.colour},
+            "line": {"color": rule.style.colour, "width": rule.style.width, "dash": rule.style.dash},
         }
     )
 
@@ -170,10 +168,12 @@ def _add_mark(data: list[Json], layout: Json, mark: Mark, log: bool) -> None:
                 "arrowhead": 0,
                 "arrowwidth": 1,
                 "arrowcolor": mark.style.colour,
-                "ax": -34,
-                "ay": 44,
-                "xanchor": "right",
-                "align": "right",
+                "axref": "x",
+                "ayref": "y",
+                "ax": mark.text_at[0],
+                "ay": _at(mark.text_at[1], log),
+                "xanchor": "left",
+                "align": "left",
                 "font": {"size": 12, "color": mark.style.colour},
                 "bgcolor": _PLATE,
             }
@@ -203,7 +203,7 @@ def _add_bars(data: list[Json], layout: Json, bars: Bars) -> None:
     layout["yaxis"] |= {
         "autorange": "reversed",
         "tickvals": places,
-        "ticktext": [_wrapped(name, 26) for name in bars.names],
+        "ticktext": [_wrapped(name, 30) for name in bars.names],
         "showgrid": False,
     }
     shades = " · ".join(

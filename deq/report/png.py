@@ -29,25 +29,28 @@ def save(figure: Figure, path: Path) -> None:
     """
     columns = min(2, len(figure.panels))
     lines = -(-len(figure.panels) // columns)
-    bars = max((len(panel.bars.names) for panel in figure.panels if panel.bars), default=0)
-    height = 1.1 + 0.42 * min(bars, _MOST_BARS) if bars else 3.7 * lines
+    bars = max((len(_shown_bars(panel.bars)) for panel in figure.panels if panel.bars), default=0)
+    height = 1.1 + 0.42 * bars if bars else 3.7 * lines
     legend_lines = -(-len(figure.legend) // 3)
-    caption = "\n".join(textwrap.wrap(figure.caption, 125))
-    below = 0.2 * legend_lines + 0.19 * (caption.count("\n") + 1) + 0.25
-    total = height + below + 0.45
+    caption = "\n".join(textwrap.wrap(figure.caption, 165))
+    words = 0.165 * (caption.count("\n") + 1) + 0.12  # inches
+    below = words + 0.22 * legend_lines
+    total = height + below + 0.4
     canvas, axes = plt.subplots(lines, columns, figsize=(9.6, total), squeeze=False)
     try:
         for place, panel in zip(axes.flat, figure.panels, strict=False):
             _draw(place, panel)
         for place in axes.flat[len(figure.panels) :]:
             place.set_visible(False)
-        canvas.suptitle(figure.title, x=0.012, y=1 - 0.1 / total, ha="left", va="top", fontsize=13, fontweight="bold")
-        canvas.tight_layout(rect=(0, below / total, 1, 1 - 0.35 / total))
+        # Not suptitle(), for which tight_layout() would make room a second time.
+        canvas.text(0.012, 1 - 0.09 / total, figure.title, ha="left", va="top", fontsize=13, fontweight="bold")
+        canvas.tight_layout(pad=0.4, w_pad=1.5, rect=(0.004, below / total, 0.996, 1 - 0.4 / total))
         if figure.legend:
             canvas.legend(
                 handles=[_handle(style) for style in figure.legend],
                 loc="lower center",
-                bbox_to_anchor=(0.5, (below - 0.2 * legend_lines - 0.1) / total),
+                bbox_to_anchor=(0.5, words / total),
+                borderaxespad=0,
                 ncols=min(3, len(figure.legend)),
                 frameon=False,
                 fontsize=8.5,
@@ -94,21 +97,9 @@ def _draw(axes: Any, panel: Panel) -> None:
         )
     if panel.x_title == "epoch":
         axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    for number, rule in enumerate(panel.rules):
-        axes.axhline(rule.y, color=rule.colour, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        # Two rules that lie close have their texts on either side.
-        up = number % 2 == 0
-        axes.annotate(
-            rule.text,
-            (1, rule.y),
-            xycoords=("axes fraction", "data"),
-            xytext=(-2, 2 if up else -2),
-            textcoords="offset points",
-            ha="right",
-            va="bottom" if up else "top",
-            fontsize=8,
-            color=rule.colour,
-        )
+    for rule in panel.rules:
+        style = rule.style
+        axes.axhline(rule.y, color=style.colour, linewidth=style.width, linestyle=_DASHES[style.dash], zorder=1)
     for bracket in panel.brackets:
         axes.plot(
             [bracket.x0, bracket.x1],
@@ -139,9 +130,9 @@ def _draw(axes: Any, panel: Panel) -> None:
             axes.annotate(
                 mark.text.replace("<br>", "\n"),
                 (mark.x, mark.y),
-                xytext=(-26, -44),
-                textcoords="offset points",
-                ha="right",
+                xytext=mark.text_at,
+                textcoords="data",
+                ha="left",
                 fontsize=8,
                 color=mark.style.colour,
                 arrowprops={"arrowstyle": "-", "color": mark.style.colour, "linewidth": 0.8},
@@ -153,23 +144,31 @@ def _draw(axes: Any, panel: Panel) -> None:
 _PLATE = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
 
 
+def _shown_bars(bars: Bars) -> list[int]:
+    """All of them, or where they are too many the coloured ones, which the other figures tell apart, too."""
+    places = list(range(len(bars.names)))
+    return places if len(places) <= _MOST_BARS else [place for place in places if not bars.styles[place].faint]
+
+
 def _draw_bars(axes: Any, bars: Bars) -> None:
-    count = min(len(bars.names), _MOST_BARS)
-    left = [0.0] * count
+    chosen = _shown_bars(bars)
+    places = range(len(chosen))
+    left = [0.0] * len(chosen)
+    colours = [bars.styles[place].colour for place in chosen]
     for number, values in enumerate(bars.parts.values()):
-        colours = [style.colour for style in bars.styles[:count]]
-        alpha = _part_opacity(number)
-        axes.barh(range(count), values[:count], left=left, color=colours, alpha=alpha, height=0.62)
-        left = [edge + value for edge, value in zip(left, values, strict=False)]
-    labels = [textwrap.fill(name, 34) for name in bars.names[:count]]
-    axes.set_yticks(range(count), labels=labels, fontsize=8.5)
-    axes.invert_yaxis()
+        widths = [values[place] for place in chosen]
+        axes.barh(places, widths, left=left, color=colours, alpha=_part_opacity(number), height=0.62)
+        left = [edge + width for edge, width in zip(left, widths, strict=True)]
+    axes.set_yticks(places, labels=[textwrap.fill(bars.names[place], 34) for place in chosen], fontsize=8.5)
+    axes.set_ylim(len(chosen) - 0.5, -0.5)
     axes.grid(axis="x", color="#E5E7EB", linewidth=0.7)
     axes.set_axisbelow(True)
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
     handles = [Patch(color="#4B5563", alpha=_part_opacity(n), label=what) for n, what in enumerate(bars.parts)]
     axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=4, frameon=False, fontsize=8.5)
-    if count < len(bars.names):
-        axes.set_title(f"the first {count} of {len(bars.names)} arms", fontsize=9, loc="left", color="#374151")
+    if len(chosen) < len(bars.names):
+        title = f"{len(chosen)} of {len(bars.names)} arms; all are on the page"
+        axes.set_title(title, fontsize=9, loc="left", color="#374151")
 
 
 def _part_opacity(number: int) -> float:

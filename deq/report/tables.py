@@ -83,7 +83,7 @@ def text_of(comparison: Comparison) -> Text:
         warnings=warnings(comparison),
         gaps=gaps(comparison),
         baselines=choice_of_baseline(comparison),
-        main=[arm_table(comparison), *against_tables(comparison)],
+        main=[*against_tables(comparison), *arm_tables(comparison)],
         paper=paper_table(comparison) if is_cifar10(comparison) else None,
         trades=trade_table(comparison),
         knobs=knob_table(comparison),
@@ -175,23 +175,19 @@ def runs_of(arm: Arm) -> Cell:
     return Cell(str(seeds), f"{counted} of {every} runs")
 
 
-def arm_table(comparison: Comparison) -> Table:
+def arm_tables(comparison: Comparison) -> list[Table]:
+    """Every arm's own numbers: what came out and what it took, and the solves of its training steps."""
+
     def one_digit(value: float) -> str:
         return f"{value:.1f}"
 
-    columns: list[tuple[str, str, Callable[[float], str]]] = [
+    outcome: list[_Column] = [
         ("best test accuracy", "test_accuracy_best", percent),
         ("last test accuracy", "test_accuracy_last", percent),
         ("train accuracy, last", "train_accuracy", percent),
         ("seconds of training", "train_s", number),
-        ("evaluations a forward solve", "forward_evaluations", one_digit),
-        ("evaluations a backward solve", "backward_evaluations", one_digit),
-        ("samples unconverged, forward", "forward_unconverged", percent),
-        ("samples unconverged, backward", "backward_unconverged", percent),
-        ("steps whose solve met tol, forward", "forward_converged_steps", lambda v: percent(v, 1)),
-        ("steps whose solve met tol, backward", "backward_converged_steps", lambda v: percent(v, 1)),
     ]
-    optional: list[tuple[str, str, Callable[[float], str]]] = [
+    energy: list[_Column] = [
         ("TFLOP of training", "train_tflop", number),
         ("TFLOP of evaluation", "test_tflop", number),
         ("joules of training, GPU", "train_gpu_joules", number),
@@ -200,7 +196,30 @@ def arm_table(comparison: Comparison) -> Table:
         ("joules of evaluation, CPU", "test_cpu_joules", number),
         ("grams of CO2", "co2_grams", number),
     ]
-    columns += [entry for entry in optional if any(one.own[entry[1]] is not None for one in comparison.arms)]
+    energy = [entry for entry in energy if any(one.own[entry[1]] is not None for one in comparison.arms)]
+    solves: list[_Column] = [
+        ("evaluations of f, forward", "forward_evaluations", one_digit),
+        ("evaluations, backward", "backward_evaluations", one_digit),
+        ("samples unconverged, forward", "forward_unconverged", percent),
+        ("samples unconverged, backward", "backward_unconverged", percent),
+        ("steps that met tol, forward", "forward_converged_steps", lambda v: percent(v, 1)),
+        ("steps that met tol, backward", "backward_converged_steps", lambda v: percent(v, 1)),
+    ]
+    note = "Median of the runs, their range below it."
+    if any(one.arm.unfinished for one in comparison.arms):
+        note += " Of an unfinished arm no run has come to its end: its numbers are those so far."
+    return [
+        _own_table("Accuracy and time", outcome, comparison, f"{note} Accuracies are those at evaluations."),
+        _own_table("Solves of training", solves, comparison, f"{note} Means over a run's training steps."),
+        *([_own_table("Energy and compute of whole runs", energy, comparison, note)] if energy else []),
+    ]
+
+
+_Column = tuple[str, str, Callable[[float], str]]
+"""Heading, name of the number, how it is shown."""
+
+
+def _own_table(title: str, columns: Sequence[_Column], comparison: Comparison, note: str) -> Table:
     rows = [
         [
             Cell(name_of(one.arm, comparison)),
@@ -209,11 +228,7 @@ def arm_table(comparison: Comparison) -> Table:
         ]
         for one in comparison.arms
     ]
-    note = "Median of the runs, their range below it. "
-    note += "Accuracies at evaluations; evaluations of f and shares are means over a run's training steps."
-    if any(one.arm.unfinished for one in comparison.arms):
-        note += " Of an unfinished arm no run has come to its end: its numbers are those so far."
-    return Table("Arms", ["arm", "seeds", *(heading for heading, *_ in columns)], rows, note)
+    return Table(title, ["arm", "seeds", *(heading for heading, *_ in columns)], rows, note)
 
 
 def against_tables(comparison: Comparison) -> list[Table]:
@@ -455,7 +470,7 @@ def conditions(comparison: Comparison) -> list[tuple[str, str]]:
         return "; ".join(sorted({str(value) for value in values})) or "not recorded"
 
     def config(name: str) -> str:
-        return distinct(in_yaml(run.config.get(name)) for run in runs)
+        return distinct(in_yaml(run.config.get(name)).strip("'") for run in runs)
 
     data = sorted(
         {

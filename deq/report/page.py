@@ -118,6 +118,9 @@ def page(text: Text, figures: Sequence[Drawn], out: Path) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        # Whatever is inside, the browser fetches nothing.
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'unsafe-inline'; "
+        "style-src 'unsafe-inline'; img-src data: blob:\">"
         # Without an icon of its own a browser asks for one.
         '<link rel="icon" href="data:,">'
         f"<title>{_escape(text.title)} · report</title><style>{_CSS}</style>"

@@ -19,6 +19,7 @@ from deq.report.figures import Bars, Figure, Heat, Panel, Style
 _DASHES: dict[str, Any] = {"solid": "-", "dash": "--", "dot": ":"}
 _MOST_BARS = 18
 _DPI = 130
+_WIDTH = 9.6  # inches
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -31,12 +32,14 @@ def save(figure: Figure, path: Path) -> None:
     lines = -(-len(figure.panels) // columns)
     bars = max((len(_shown_bars(panel.bars)) for panel in figure.panels if panel.bars), default=0)
     height = 1.1 + 0.42 * bars if bars else 3.7 * lines
-    legend_lines = -(-len(figure.legend) // 3)
+    longest = max((len(style.entry) for style in figure.legend), default=1)
+    legend_columns = max(1, min(3, len(figure.legend), int(_WIDTH / (0.057 * longest + 0.55))))
+    legend_lines = -(-len(figure.legend) // legend_columns)
     caption = "\n".join(textwrap.wrap(figure.caption, 165))
     words = 0.165 * (caption.count("\n") + 1) + 0.12  # inches
     below = words + 0.22 * legend_lines
     total = height + below + 0.4
-    canvas, axes = plt.subplots(lines, columns, figsize=(9.6, total), squeeze=False)
+    canvas, axes = plt.subplots(lines, columns, figsize=(_WIDTH, total), squeeze=False)
     try:
         for place, panel in zip(axes.flat, figure.panels, strict=False):
             _draw(place, panel)
@@ -51,7 +54,7 @@ def save(figure: Figure, path: Path) -> None:
                 loc="lower center",
                 bbox_to_anchor=(0.5, words / total),
                 borderaxespad=0,
-                ncols=min(3, len(figure.legend)),
+                ncols=legend_columns,
                 frameon=False,
                 fontsize=8.5,
             )

@@ -182,8 +182,7 @@ def _draw_heat(axes: Any, heat: Heat) -> None:
     known = [value for row in heat.values for value in row if value is not None]
     low, high = (min(known), max(known)) if known else (0.0, 1.0)
     table = [[float("nan") if value is None else value for value in row] for row in heat.values]
-    colours = matplotlib.colormaps["viridis"].copy()
-    colours.set_bad("#E5E7EB")
+    colours = matplotlib.colormaps["viridis"].with_extremes(bad="#E5E7EB")
     image = axes.imshow(table, cmap=colours, vmin=low, vmax=high, origin="lower", aspect="auto")
     axes.figure.colorbar(image, ax=axes, label=heat.unit)
     axes.set_xticks(range(len(heat.x)), labels=heat.x)

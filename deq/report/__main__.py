@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -28,6 +29,7 @@ from deq.report.tables import Table, Text, main_columns, text_of
 
 _MISTAKE = 2  # exit status, the shell's convention for a wrong command line
 _WIDEST = 100
+_MOST_TRADES = 8  # rows; the page has any number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,6 +98,9 @@ def _print(comparison: Comparison, text: Text, out: Path) -> None:
     if text.paper is not None:
         console.print()
         _print_table(console, text.paper)
+    if text.trades is not None and len(text.trades.rows) <= _MOST_TRADES:
+        console.print()
+        _print_table(console, replace(text.trades, note=""))
     console.print()
     for sentence in [*text.baselines, *(f"warning: {one}" for one in text.warnings)]:
         console.print(sentence, markup=False, style="yellow" if sentence.startswith("warning") else None)

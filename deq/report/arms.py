@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from deq.errors import in_yaml
@@ -138,7 +137,7 @@ def knobs_of(run: Run, shared: frozenset[str] = _SHARED) -> Knobs:
     if "data.root" in knobs:
         root = knobs.pop("data.root")
         if knobs.get("data") == "image_folder" and root is not None:
-            knobs["data.root"] = Path(str(root)).name
+            knobs["data.root"] = str(root)
     return knobs | {"device": run.device}
 
 

@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from deq.report.arms import BASELINES, FORWARD, SOLVERS, Arm, arms_of, baselines_for, common, shown_knob
@@ -216,6 +217,12 @@ class Comparison:
         return any(one.own[name] is not None for one in self.arms for name in ("train_gpu_joules", "train_cpu_joules"))
 
     @property
+    def no_joules(self) -> str:
+        """Why there are none, where there are none; part of a sentence."""
+        counters = {str(one) for run in self.sweep.runs for one in run.environment.get("energy_counters") or []}
+        return f"no reading of {', '.join(sorted(counters))} yet" if counters else "no energy counter on this machine"
+
+    @property
     def best(self) -> ArmNumbers | None:
         """The arm of Anderson's family that this sweep's claim is of: every seed at the target first, then speedup."""
         candidates = [one for one in self.arms if "Anderson" in one.arm.solver and one.arm.counted]
@@ -404,8 +411,8 @@ def is_cifar10(comparison: Comparison) -> bool:
     """Whether every run's data are CIFAR-10, the package's own or a folder of images that is named so."""
 
     def of(arm: Arm) -> bool:
-        data, root = arm.knobs.get("data"), str(arm.knobs.get("data.root", "")).lower()
-        named = "cifar10" in root.replace("-", "").replace("_", "")
+        data, root = arm.knobs.get("data"), "/".join(Path(str(arm.knobs.get("data.root", ""))).parts[-2:])
+        named = "cifar10" in root.lower().replace("-", "").replace("_", "")
         return data == "cifar10" or (
             data == "image_folder" and named and arm.knobs.get("data.image_size") in (None, 32)
         )

@@ -105,6 +105,7 @@ class Panel:
     y_title: str
     title: str = ""
     log_y: bool = False
+    from_zero: bool = False
     lines: list[Line] = field(default_factory=list)
     rules: list[Rule] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
@@ -317,7 +318,7 @@ def _over_epochs(
                 lines.append(Line(one.arm.label, style, x, y, low if band else None, high if band else None, few))
                 shown.append(one.arm)
         if lines:
-            panels.append(Panel("epoch", y_title, name, lines=_faint_first(lines)))
+            panels.append(Panel("epoch", y_title, name, from_zero=True, lines=_faint_first(lines)))
     if not panels:
         return Missing(key, title, "No run has been evaluated yet: a run's first evaluation ends its first epoch.")
     if len(panels) == 1:
@@ -355,12 +356,14 @@ def _residual(comparison: Comparison, styles: dict[int, Style], arm: Arm, run: R
     own = styles[id(arm)]
     spare = [colour for colour in PALETTE if colour != own.colour]
     looks = {id(forward): Style(BASELINE, "dash", 2.4, f"{forward.solver} (baseline)")}
+    for curve in traces.curves:
+        if curve.baseline and curve is not forward:
+            looks[id(curve)] = Style(SECOND_BASELINE, "dot", 2.4, f"{curve.solver} (baseline)")
     for number, curve in enumerate(others):
         # The run's own solver has its arm's colour; of several windows none is more its own than another.
         colour = own.colour if number == 0 and not own.faint else spare[(number - 1) % len(spare)]
         looks[id(curve)] = Style(colour, "solid", 2.0, curve.solver)
-    trades = {id(trade): trade for trade in comparison.trades if trade.run is run}
-    by_solver = {trade.solver: trade for trade in trades.values()}
+    by_solver = {trade.solver: trade for trade in comparison.trades if trade.run is run}
     # One text a panel: of the solver that crosses first in seconds, else of the first.
     crossing = [t for t in by_solver.values() if t.by_seconds is not None]
     told = min(crossing, key=lambda t: t.by_seconds.at if t.by_seconds else 0.0, default=None)
@@ -460,8 +463,8 @@ def _energy(comparison: Comparison, styles: dict[int, Style]) -> Drawn:
         parts = {"training": "train_tflop", "evaluation": "test_tflop"}
         title, unit = "Compute of a run: a proxy for energy", "TFLOP of a run, median of its seeds"
         caption = (
-            "No energy counter on this machine. Shown instead: floating-point operations of the cell, computed from "
-            "the evaluations that were made; what the solver itself adds is not in it."
+            f"{comparison.no_joules[0].upper()}{comparison.no_joules[1:]}. Shown instead: floating-point operations "
+            f"of the cell, computed from the evaluations that were made; what the solver itself adds is not in it."
         )
     shown = [one for one in comparison.arms if any(one.own[name] is not None for name in parts.values())]
     if not shown:
@@ -516,7 +519,7 @@ def _heat_maps(comparison: Comparison) -> list[Drawn]:
     aim = "the target" if comparison.target is not None else "the best test accuracy"
     of = f" of {_short(baseline)}" if baseline is not None and comparison.target is None else ""
     caption = (
-        f"Seconds of training until {aim}{of} is reached, median of the seeds; darker is sooner."
+        f"Seconds of training until {aim}{of} is reached, median of the seeds that reach it; darker is sooner."
         if by_time
         else "No baseline to reach: evaluations of f in a forward solve, median of the seeds; darker is fewer."
     )

@@ -103,7 +103,7 @@ def page(text: Text, figures: Sequence[Drawn], out: Path) -> str:
     tables = [_table(table, out) for table in text.main]
     sections = [
         ("run", "What was run", _conditions(text)),
-        ("missing", "What is missing", _gaps(text.gaps)),
+        ("missing", "What is missing", _gaps(text.gaps, text.complete)),
         ("numbers", "Numbers", "".join(f"<p>{_escape(one)}</p>" for one in text.baselines) + "".join(tables)),
         *([("paper", text.paper.title, _table(text.paper, out, title=False, words=True))] if text.paper else []),
         ("figures", "Figures", "".join(drawn)),
@@ -144,9 +144,9 @@ def _conditions(text: Text) -> str:
     return f'<div class="card"><dl>{entries}</dl>{common}</div>'
 
 
-def _gaps(gaps: Sequence[Gap]) -> str:
+def _gaps(gaps: Sequence[Gap], complete: str) -> str:
     if not gaps:
-        return "<p>Nothing: every job that was planned has finished.</p>"
+        return f"<p>{_escape(complete)}</p>"
     items = []
     for gap in gaps:
         command = f"<br><code>{_escape(gap.command)}</code>" if gap.command else ""

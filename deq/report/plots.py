@@ -48,6 +48,9 @@ def plot_of(panel: Panel) -> Json:
         if panel.log_y:
             # Powers of ten are drawn a quarter larger than the font that is set.
             layout["yaxis"] |= {"type": "log", "exponentformat": "power", "dtick": 1, "tickfont": {"size": 10}}
+        if panel.from_zero:
+            top = max((y for line in panel.lines for y in line.high or line.y), default=0.0)
+            layout["yaxis"] |= {"range": [-0.03 * (top or 1.0), 1.06 * (top or 1.0)]}  # a line at 0 is drawn whole
         for line in panel.lines:
             _add_line(data, line, panel)
         for rule in panel.rules:
@@ -199,12 +202,19 @@ def _add_bars(data: list[Json], layout: Json, bars: Bars) -> None:
                 "hovertemplate": f"%{{customdata}}<br>{what}: %{{x:.4~g}}<extra></extra>",
             }
         )
-    layout |= {"barmode": "stack", "bargap": 0.35, "height": 110 + 44 * len(bars.names)}
+    layout |= {
+        "barmode": "stack",
+        "bargap": 0.35,
+        "height": 110 + (44 if len(bars.names) <= 12 else 34) * len(bars.names),
+    }
     layout["yaxis"] |= {
         "autorange": "reversed",
         "tickvals": places,
         "ticktext": [_wrapped(name, 30) for name in bars.names],
         "showgrid": False,
+        "ticks": "outside",
+        "ticklen": 5,
+        "tickcolor": "rgba(0,0,0,0)",
     }
     shades = " · ".join(
         f"{shade}: {what}" for shade, what in zip(("dark", "light", "medium", "faint"), bars.parts, strict=False)

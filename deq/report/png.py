@@ -98,6 +98,9 @@ def _draw(axes: Any, panel: Panel) -> None:
             marker="o" if line.markers else None,
             markersize=3,
         )
+    if panel.from_zero:
+        top = max((y for line in panel.lines for y in line.high or line.y), default=0.0)
+        axes.set_ylim(-0.03 * (top or 1.0), 1.06 * (top or 1.0))  # a line at 0 is drawn whole
     if panel.x_title == "epoch":
         axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     for rule in panel.rules:

@@ -178,6 +178,8 @@ class Sweep:
     not_begun: list[Job] = field(default_factory=list)
     unreadable: list[tuple[Path, str]] = field(default_factory=list)
     """Run folders whose config cannot be read, with the reason."""
+    planned: int | None = None
+    """Jobs of the sweeps that were found; None where no file tells."""
 
     @property
     def resumed(self) -> dict[Path, Run]:
@@ -209,6 +211,7 @@ def read(folder: Path) -> Sweep:
                 sweep.runs.append(run)
             else:
                 sweep.unreadable.append((place, run))
+    sweep.planned = sum(len(jobs) for _, jobs in planned) if planned else None
     for place, jobs in planned:
         begun = {run.number for run in sweep.runs if run.folder.parent == place}
         begun |= {int(name) for other, _ in sweep.unreadable if (name := other.name.partition("_")[0]).isdigit()}

@@ -64,6 +64,8 @@ class Text:
     conditions: list[tuple[str, str]]
     warnings: list[str]
     gaps: list[Gap]
+    complete: str
+    """What to say where nothing is missing."""
     baselines: list[str]
     main: list[Table]
     paper: Table | None
@@ -82,6 +84,11 @@ def text_of(comparison: Comparison) -> Text:
         conditions=conditions(comparison),
         warnings=warnings(comparison),
         gaps=gaps(comparison),
+        complete=(
+            "Nothing: every run here has finished. What else was planned, no file here tells."
+            if sweep.planned is None
+            else f"Nothing: all {sweep.planned} jobs that were planned have finished."
+        ),
         baselines=choice_of_baseline(comparison),
         main=[*against_tables(comparison), *arm_tables(comparison)],
         paper=paper_table(comparison) if is_cifar10(comparison) else None,
@@ -282,7 +289,7 @@ def against_tables(comparison: Comparison) -> list[Table]:
         if energy:
             note += f" Energy saved: the same of the joules that the {' and '.join(counters)}'s counter measured."
         elif not comparison.measured_energy:
-            note += " Energy saved is not given: no energy counter on this machine."
+            note += f" Energy saved is not given: {comparison.no_joules}."
         title = f"Against {names}" if not several else f"Against {_kind(kind)}, all else equal"
         tables.append(Table(title, columns, rows, note))
     return tables
@@ -392,7 +399,7 @@ def trade_table(comparison: Comparison) -> Table | None:
             penalty = f"{1e3 * trade.penalty_s:+.3g} ms ({100 * trade.penalty:+.0f} %)"
         rows.append(
             [
-                Cell(trade.solver, trade.arm.label),
+                Cell(trade.solver, trade.arm.label if len(comparison.arms) > 1 else ""),
                 Cell(str(trade.run.seed)),
                 Cell(penalty),
                 Cell(f"{evaluations.residual:.1e}", f"at {evaluations.at:g} evaluations")
@@ -488,7 +495,7 @@ def conditions(comparison: Comparison) -> list[tuple[str, str]]:
     }
     seeds = sorted({run.seed for run in runs}, key=lambda seed: (str(type(seed)), seed))
     last = [run.step for run in runs if run.finished]
-    steps = _span(sorted(set(last))) if last else "none finished"
+    steps = f"{_span(sorted(set(last)))} a run" if last else "no run finished"
     versions = distinct(run.environment.get("code_version") or "not recorded" for run in runs)
     return [
         ("device", distinct(run.device_name for run in runs)),
@@ -501,7 +508,7 @@ def conditions(comparison: Comparison) -> list[tuple[str, str]]:
         ),
         ("data", "; ".join(data)),
         ("model", distinct(models)),
-        ("steps", f"{steps} of {config('batch_size')} images, {config('epochs')} epochs at most"),
+        ("steps", f"{steps}; {config('batch_size')} images a step, {config('epochs')} epochs at most"),
         ("solves", _solves(arms)),
         ("seeds", ", ".join(map(str, seeds))),
         ("precision", config("precision")),
@@ -520,7 +527,7 @@ def _solves(arms: Sequence[Arm]) -> str:
 
 def _counters(comparison: Comparison) -> str:
     if not comparison.measured_energy:
-        return "no energy counter on this machine: operations of the cell (TFLOP) stand for it"
+        return f"{comparison.no_joules}: operations of the cell (TFLOP) stand for it"
     names = {
         str(counter)
         for run in comparison.sweep.runs
@@ -554,7 +561,7 @@ def warnings(comparison: Comparison) -> list[str]:
                     f"“{one.arm.label}” has no baseline run with seed {', '.join(map(str, unpaired))} "
                     f"(“{against.baseline.label}”); ratios are of the other seeds."
                 )
-    if comparison.arms and all(len(one.arm.seeds) <= 1 for one in comparison.arms):
+    if len(comparison.arms) > 1 and all(len(one.arm.seeds) <= 1 for one in comparison.arms):
         told.append("Every arm has one seed, so no difference here can be told from chance.")
     for run in runs:
         told += [f"{run.folder.name}: {note}." for note in run.notes]

@@ -281,6 +281,15 @@ def test_a_cpu_and_a_gpu_are_never_one_arm(tmp_path: Path) -> None:
     assert [one.label for one in arms_of(read(tmp_path).runs)] == ["Anderson · CPU", "Anderson · NVIDIA H100"]
 
 
+def test_images_of_two_places_are_two_data_sets_but_cifar10_is_one(tmp_path: Path) -> None:
+    for number, root in enumerate(("/data/first/images", "/data/second/images")):
+        for name in ("image_folder", "cifar10"):
+            data = {"_target_": f"deq.data.{name}", "augment": "none", "root": root, "train_size": None}
+            write_run(tmp_path / name / f"{number}_a", config_of("Anderson", number, data=data), ANDERSON[0])
+    assert len(arms_of(read(tmp_path / "image_folder").runs)) == 2
+    assert len(arms_of(read(tmp_path / "cifar10").runs)) == 1
+
+
 def test_the_main_baseline_is_the_best_of_the_forward_arms_and_is_named(tmp_path: Path) -> None:
     two_arms(tmp_path)
     for seed in (0, 1):
@@ -349,6 +358,15 @@ def test_without_a_counter_nothing_is_called_joules(tmp_path: Path, capsys: pyte
     assert "TFLOP" in plots
 
 
+def test_a_counter_that_was_not_read_yet_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    write_run(
+        tmp_path / "0_a", config_of("Anderson", 0), [], state="running", environment={"energy_counters": ["NVML"]}
+    )
+    report_of(tmp_path)
+    assert "no reading of NVML yet" in words(tmp_path)
+    assert "no energy counter" not in words(tmp_path).lower()
+
+
 def test_crossover_and_mixing_penalty_are_those_worked_out_by_hand(tmp_path: Path) -> None:
     two_arms(tmp_path, traces=TRACES)
     traces = read(tmp_path).runs[0].traces
@@ -369,6 +387,17 @@ def test_crossover_and_mixing_penalty_are_those_worked_out_by_hand(tmp_path: Pat
     assert (bracket.x0, bracket.x1) == (30, 40)  # ms after three evaluations
     assert "+4 ms an iteration (+40 %)" in bracket.text
     assert figure.panels[0].marks[0].text == "crossover: 1.0e-01<br>at 40 ms"
+
+
+def test_two_baselines_in_one_trace_are_both_named_and_neither_is_compared(tmp_path: Path) -> None:
+    second = trace("forward iteration, as the tutorial writes it", True, [0.02, 0.04], [1, 0.5])
+    write_run(tmp_path / "0_a", config_of("Anderson", 0), ANDERSON[0], traces=[*TRACES, second])
+    comparison = compare(read(tmp_path))
+    assert [one.solver for one in comparison.trades] == ["Anderson m = 5"]
+    (figure,) = [one for one in figures_of(comparison) if one.key == "residual"]
+    assert isinstance(figure, Figure)
+    assert len({style.entry for style in figure.legend if style.entry.endswith("(baseline)")}) == 2
+    assert len(figure.panels[0].lines) == 3
 
 
 def test_a_solver_that_does_not_stay_below_has_no_crossover() -> None:
@@ -673,6 +702,16 @@ def test_the_page_opens_in_a_browser_draws_every_figure_and_fetches_nothing(tmp_
     assert min(drawn.marks.values()) > 0, drawn.marks
     assert drawn.fetched == []
     assert not re.search(r'<(?:script|link|img)[^>]+(?:src|href)="(?!data:)', content)
+    # A click on the legend takes the baseline's curve, band and points away.
+    clicked = sweep / "report" / "clicked.html"
+    click = '<script>setTimeout(() => document.querySelector("#accuracy .legend button").click(), 500)</script>'
+    clicked.write_text((sweep / "report" / "report.html").read_text().replace("</body>", f"{click}</body>"))
+    content, console = browse(clicked, tmp_path / "profile")
+    assert console == []
+    without = Drawn()
+    without.feed(content[content.index("<body") :])
+    assert without.marks["accuracy-panel-0"] < drawn.marks["accuracy-panel-0"]
+    assert without.marks["evaluations-panel-0"] == drawn.marks["evaluations-panel-0"]
     # A page that fails is seen to fail.
     broken = tmp_path / "broken.html"
     broken.write_text('<div class="plot" id="a"></div><script>Plotly.newPlot("a")</script>')

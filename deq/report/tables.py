@@ -123,7 +123,9 @@ def headline(comparison: Comparison) -> str:
         return f"{best.arm.label} never reaches {aim}{unfinished} ({_seeds(pairs)})."
     how = f"{speedup.median:.2f}x sooner" if speedup.median >= 1 else f"later, at {speedup.median:.2f}x its speed"
     spread = f"{speedup.low:.2f}x to {speedup.high:.2f}x over {_seeds(speedup.n)}" if speedup.n > 1 else "one seed"
-    sentence = f"{best.arm.label} reaches {aim} {how}{unfinished} ({spread})"
+    rivals = sum(one.arm.solver == best.arm.solver and bool(one.arm.counted) for one in comparison.arms)
+    chosen = f", fastest of {rivals} such arms," if rivals > 1 else ""
+    sentence = f"{best.arm.label}{chosen} reaches {aim} {how}{unfinished} ({spread})"
     if against.compute_saved is not None:
         sentence += f", with {saved(against.compute_saved.median)}"
     if against.never:

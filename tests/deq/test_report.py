@@ -224,6 +224,7 @@ def test_seeds_that_never_reach_the_target_are_counted(tmp_path: Path) -> None:
     assert against["never"] == 1
     assert against["speedup"] == {"median": 2.0, "low": 2.0, "high": 2.0, "n": 1}
     assert "1 of 2" in words(tmp_path)
+    assert "Anderson · window 5, fastest of 2 such arms, reaches" in words(tmp_path)
 
 
 def test_a_target_of_the_users_takes_the_place_of_the_baselines_best(tmp_path: Path) -> None:

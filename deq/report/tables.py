@@ -597,12 +597,17 @@ def gaps(comparison: Comparison) -> list[Gap]:
             )
         else:
             found.append(Gap(f"{name}: {run.state} at {steps}", resume))
-    for job in sweep.not_begun:
-        place = shown((job.sweep / f"{job.number}_again").resolve())
-        command = shlex.join(["python", "train.py", *job.overrides, f"hydra.run.dir={place}"])
-        found.append(
-            Gap(f"job {job.number} ({' '.join(job.overrides) or 'no overrides'}): planned, not begun", command)
+    for place in dict.fromkeys(job.sweep for job in sweep.not_begun):
+        jobs = [job for job in sweep.not_begun if job.sweep == place]
+        goes_on = any(
+            run.state == "running" and run.quiet_s is None for run in sweep.runs if run.folder.parent == place
         )
+        # What all jobs share says nothing here.
+        shared = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
+        names = [f"{job.number} ({' '.join(one for one in job.overrides if one not in shared)})" for job in jobs]
+        what = f"{len(jobs)} jobs" if len(jobs) > 1 else "job"
+        command = None if goes_on else shlex.join(["python", "train.py", f"resume={shown(place.resolve())}"])
+        found.append(Gap(f"{what} planned, not begun{' yet' if goes_on else ''}: {', '.join(names)}", command))
     for folder, reason in sweep.unreadable:
         found.append(Gap(f"{folder.name}: {reason}; its run is in no number"))
     return found

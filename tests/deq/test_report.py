@@ -438,9 +438,19 @@ def test_runs_that_did_not_finish_are_named_and_count_in_no_number(tmp_path: Pat
     assert told["6_a"]["command"].endswith(f"seed=4 resume={stopped}")
     assert "wrote nothing for 120 minutes: probably killed" in told["7_a"]["what"]
     assert "config.yaml cannot be read" in told["8_a"]["what"]
-    assert told["job"]["what"] == "job 9 (seed=9): planned, not begun"
+    assert told["job"]["what"] == "job planned, not begun yet: 9 (seed=9)"  # the sweep goes on
+    assert told["job"]["command"] is None
     for gap in report["missing"]:
         assert gap["what"] in words(tmp_path)
+
+
+def test_jobs_that_a_stopped_sweep_did_not_begin_have_the_command_that_goes_on_with_it(tmp_path: Path) -> None:
+    two_arms(tmp_path)
+    jobs = [{"number": number, "overrides": ["epochs=3", f"seed={number}"]} for number in range(6)]
+    (tmp_path / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+    (gap,) = report_of(tmp_path)["missing"]
+    assert gap["what"] == "2 jobs planned, not begun: 4 (seed=4), 5 (seed=5)"
+    assert gap["command"] == f"python train.py resume={tmp_path}"
 
 
 def test_an_arm_without_a_finished_run_is_shown_as_unfinished(tmp_path: Path) -> None:

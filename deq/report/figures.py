@@ -511,21 +511,29 @@ def _heat_maps(comparison: Comparison) -> list[Drawn]:
         for name in sorted({name for group in maps for name in group[0].arm.knobs} - varied)
         if len({repr(group[0].arm.knobs.get(name)) for group in maps}) > 1
     ]
-    panels = []
-    for group in maps[:4]:
-        about = " · ".join(shown_knob(name, group[0].arm.knobs[name]) for name in apart if name in group[0].arm.knobs)
-        panels.append(_heat(group, by_time, about))
+    shown = [
+        (group, " · ".join(shown_knob(name, group[0].arm.knobs[name]) for name in apart if name in group[0].arm.knobs))
+        for group in maps[:4]
+    ]
+    left_out = len(maps) - len(shown)
+    more = f" {left_out} more maps are left out; the table has their numbers." if left_out else ""
+    by_count = Figure(
+        f"{key}-evaluations",
+        f"{title}: evaluations of f",
+        "Evaluations of f that a training step took, forward and backward solve together, mean over the run, median of "
+        f"the seeds; darker is fewer.{more}",
+        [_heat(group, False, about) for group, about in shown],
+    )
+    if not by_time:
+        return [by_count]
     baseline = main_baseline(comparison)
     aim = "the target" if comparison.target is not None else "the best test accuracy"
     of = f" of {_short(baseline)}" if baseline is not None and comparison.target is None else ""
     caption = (
-        f"Seconds of training until {aim}{of} is reached, median of the seeds that reach it; darker is sooner."
-        if by_time
-        else "No baseline to reach: evaluations of f in a forward solve, median of the seeds; darker is fewer."
+        f"Seconds of training until {aim}{of} is reached, median of the seeds that reach it; darker is sooner.{more}"
     )
-    if len(maps) > len(panels):
-        caption += f" {len(maps) - len(panels)} more maps are left out; the table has their numbers."
-    return [Figure(key, title, caption, panels)]
+    panels = [_heat(group, True, about) for group, about in shown]
+    return [Figure(key, f"{title}: seconds to the target", caption, panels), by_count]
 
 
 def _swept(group: Sequence[ArmNumbers], name: str) -> list[float]:
@@ -547,8 +555,10 @@ def _heat(group: Sequence[ArmNumbers], by_time: bool, title: str) -> Panel:
             never = f"{first.never} of {len(first.pairs)} never" if first is not None and first.never else ""
             text = f"{spread.median:.3g} s" if spread is not None else ""
             return spread.median if spread is not None else None, "<br>".join(part for part in (text, never) if part)
-        spread = one.own["forward_evaluations"]
-        return (spread.median, f"{spread.median:.1f}") if spread is not None else (None, "none")
+        both = [spread for side in ("forward", "backward") if (spread := one.own[f"{side}_evaluations"]) is not None]
+        if not both:
+            return None, "none"
+        return sum(spread.median for spread in both), " + ".join(f"{spread.median:.1f}" for spread in both)
 
     table = [[cell(beta, window) for window in windows] for beta in betas]
     return Panel(

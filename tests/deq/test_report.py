@@ -549,13 +549,19 @@ def test_window_against_beta_is_a_map_of_seconds_to_the_target(tmp_path: Path) -
                 write_run(tmp_path / f"{number}_a", config_of("Anderson", 0, window=window, beta=beta), points)
                 number += 1
     write_run(tmp_path / "9_a", config_of("Anderson", 0, window=10, beta=0.5), [(9, 0.1, 1)])
-    (figure,) = [one for one in figures_of(compare(read(tmp_path))) if one.key == "window-beta"]
+    figure, counts = [one for one in figures_of(compare(read(tmp_path))) if one.key.startswith("window-beta")]
+    assert isinstance(counts, Figure)
     assert isinstance(figure, Figure)
     heat = figure.panels[0].heat
     assert heat is not None
     assert (heat.x, heat.y) == (["2", "10"], ["0.5", "1"])
     assert heat.values == [[2.5, None], [3.0, 11.0]]
     assert heat.texts[0][1] == "1 of 1 never"
+    # Where the target is never reached, there still are evaluations: those that write_run gives a first row.
+    both = counts.panels[0].heat
+    assert both is not None
+    assert both.values == [[18.0, 18.0], [18.0, 18.0]]
+    assert both.texts[0][1] == "10.0 + 8.0"
 
 
 def test_the_papers_table_is_for_cifar10_alone_and_states_the_conditions(tmp_path: Path) -> None:

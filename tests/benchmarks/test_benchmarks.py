@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -82,6 +83,7 @@ def test_the_gpu_run_is_complete_in_a_dry_run_without_hydra_or_wandb(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "blocked"))
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # Hydra comes with a plugin for pytest
     monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as ended:
         run("benchmarks.gpu", "--dry-run", "--out", str(tmp_path / "out"), monkeypatch=monkeypatch)
     assert ended.value.code == 0
@@ -93,6 +95,24 @@ def test_the_gpu_run_is_complete_in_a_dry_run_without_hydra_or_wandb(
         "solve-tol0.01.json",
         "train-digits.json",
     } <= written
+
+
+def test_the_gpu_run_has_the_papers_comparison_its_report_and_energy_where_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    arguments = ("--dry-run", "--only", "energy", "paper", "report", "--out", str(tmp_path / "out"))
+    with pytest.raises(SystemExit) as ended:
+        run("benchmarks.gpu", *arguments, monkeypatch=monkeypatch)
+    assert ended.value.code == 0
+    folder = folder_of(tmp_path / "out")
+    report = json.loads((folder / "paper" / "report.json").read_text())
+    assert report["missing"] == []
+    assert len(list((tmp_path / "out" / "paper").glob("*/summary.json"))) == 4
+    shares = {row["what"]: row["share of a step"] for row in rows_of(tmp_path / "out", "energy")}
+    assert any("counters" in what for what in shares)
+    if not torch.cuda.is_available():
+        assert not any("joules" in what for what in shares)
 
 
 def test_rounding_the_residual_rows_costs_nothing_and_rounding_the_mixed_rows_stalls(

@@ -155,7 +155,7 @@ def measure_traces(
 ) -> list[Trace]:
     """Solves z = cell(z, injection) with every solver, from zeros and past any tolerance; keeps residuals and times.
 
-    The solvers take turns, so that a machine that slows down slows all of them; the residuals are kept in a solve of
+    The loops are those of :meth:`Solver.solve`, also for a layer that replays recorded graphs. The solvers take turns, so that a machine that slows down slows all of them; the residuals are kept in a solve of
     its own, whose time does not count. On a GPU the times are those of events in its stream.
 
     Args:
@@ -404,7 +404,7 @@ def _mark_crossing(ax: Any, forward: Trace, own: Trace, against: str, factor: fl
     cross = crossing(forward, own, against)
     if cross is None:
         ahead = own.residual_mean[-1] < forward.residual_mean[-1]
-        words = "no crossover: Anderson is ahead\nfrom the first iterations" if ahead else "no crossover so far"
+        words = f"no crossover: {own.solver} is ahead\nfrom the first iterations" if ahead else "no crossover so far"
         ax.text(0.98, 0.97, words, transform=ax.transAxes, ha="right", va="top", fontsize="small", bbox=_BOX)
         return
     ax.plot([cross.x * factor], [cross.residual], "o", color="black", markersize=6, zorder=5)

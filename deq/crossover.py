@@ -155,8 +155,9 @@ def measure_traces(
 ) -> list[Trace]:
     """Solves z = cell(z, injection) with every solver, from zeros and past any tolerance; keeps residuals and times.
 
-    The loops are those of :meth:`Solver.solve`, also for a layer that replays recorded graphs. The solvers take turns, so that a machine that slows down slows all of them; the residuals are kept in a solve of
-    its own, whose time does not count. On a GPU the times are those of events in its stream.
+    The loops are those of :meth:`Solver.solve`, also for a layer that replays recorded graphs. The solvers take turns,
+    so that a machine that slows down slows all of them; the residuals are kept in a solve of its own, whose time does
+    not count. On a GPU the times are those of events in its stream.
 
     Args:
         cell: (z, x) -> z. injection: x, (B, ...).

@@ -25,8 +25,19 @@ SOLVERS = {
 _SHARED = frozenset({"window", "beta", "tol", "max_iter", "stop", "compact", "regularization"})
 """Knobs of the top level that are there for solvers to copy: the solver's own node says which it has."""
 
-_NOT_OF_THE_ARM = ("seed", "resume", "logger", "probe", "device", "data.cache_dir")
-"""What does not change what is computed. The device is told by the machine, since ``auto`` may be any."""
+_NOT_OF_THE_ARM = (
+    "seed",
+    "resume",
+    "logger",
+    "log_every",
+    "probe",
+    "crossover",
+    "energy",
+    "objective",
+    "device",
+    "data.cache_dir",
+)
+"""What does not change what is trained. The device is told by the machine, since ``auto`` may be any."""
 
 _SYMBOLS = {"solver.beta": "β", "adjoint.beta": "adjoint β"}
 

@@ -37,7 +37,7 @@ from deq.command import (
 )
 from deq.data import Batches
 from deq.display import Display, described
-from deq.energy import EnergyMeter
+from deq.energy import EnergyMeter, EnergyOptions
 from deq.errors import UserError, first_line, values_of_the_user
 from deq.files import shown
 from deq.gradients import Implicit
@@ -64,8 +64,11 @@ def main(config: DictConfig) -> float | tuple[float, ...]:
     solver, gradient = instantiate(config.solver), instantiate(config.gradient)
     probe, logger = instantiate(config.probe), instantiate(config.logger)
     stability, crossover = instantiate(config.stability), instantiate(config.crossover)
-    energy_options = instantiate(config.energy)
+    energy_options = instantiate(config.energy) or EnergyOptions(measure=False)
     refuse_corrections_out_of_reach(stability, solver, config.cuda_graph)
+    with values_of_the_user():
+        if crossover is not None:
+            crossover.solvers(solver)  # its windows suit the solver
     adjoint = gradient.solver if isinstance(gradient, Implicit) else None
     solvers = {"solver": solver} | ({"adjoint": adjoint} if adjoint is not None else {})
     refuse_what_the_tutorial_lacks(config, solvers.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -77,7 +76,7 @@ def load(resume: str | Path, config: dict[str, Any]) -> tuple[dict[str, Any], li
     file = locate(resume)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of torch, pickle, zip or the file system: whatever is not a checkpoint
         raise UserError(f"resume={resume}: {file} is not a readable checkpoint of train.py") from error
     whole = (
         isinstance(content, dict) and isinstance(content.get("config"), dict) and isinstance(content.get("state"), dict)

@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_args
 
@@ -77,6 +77,8 @@ def launch(task: Task, conf: Path) -> None:
             return task(config)
         except Interrupted as interruption:
             sys.exit(128 + interruption.signum)
+        except _SweepError as error:
+            _end(str(error))
         except Exception as error:
             sentence = None if full_error else _explain(error, conf)
             if about.mode == RunMode.MULTIRUN:
@@ -91,10 +93,13 @@ def launch(task: Task, conf: Path) -> None:
                 raise
             _end(sentence)
         finally:
-            _remove_if_empty(folder)
+            _remove_if_empty(folder, alone=about.mode == RunMode.MULTIRUN and bool(failed))
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf), config_name="config")(job)()
+        if failed:  # a tuner goes on without them
+            _tell(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}")
+            sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except _ToldError as error:
@@ -110,6 +115,10 @@ def launch(task: Task, conf: Path) -> None:
         if sentence is None:
             raise
         _end(sentence)
+
+
+class _SweepError(UserError):
+    """A mistake in how a sweep was asked for, which no job of it can do without."""
 
 
 class _ToldError(Exception):
@@ -130,19 +139,53 @@ def claim(folder: Path, resume: Any, config: dict[str, Any], *, in_sweep: bool) 
     Raises:
         UserError: the folder holds another run.
     """
+    _hold(folder)
+    if not in_sweep and (folder / sweep.FILE).is_file():
+        raise UserError(f"{shown(folder)} holds a sweep; give another hydra.run.dir")
     results = [folder / name for name in (checkpoint.FILE, "metrics.jsonl", "summary.json")]
     if not any(file.is_file() and file.stat().st_size for file in results):
         return resume, False
     if resume is not None and checkpoint.locate(str(resume)).resolve() == results[0].resolve():
         return resume, False
     if in_sweep and resume is None and _same_job(folder, config):
-        if tracking.state_of(folder) == "finished":
+        if tracking.state_of(folder) == "finished" and results[2].is_file():
             return None, True
         return (folder if results[0].is_file() else None), False
     raise UserError(
         f"{shown(folder)} holds an earlier run; give another hydra.run.dir, delete that folder, or go on with "
         f"its run: resume={shown(folder)}"
     )
+
+
+def _hold(folder: Path) -> None:
+    """Keep other processes out of ``folder`` until this job ends.
+
+    Raises:
+        UserError: one is in it.
+    """
+    global _held
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    if _held is not None:
+        os.close(_held)  # the folder of the job before
+        _held = None
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(held)
+        raise UserError(
+            f"{shown(folder)} is the folder of a run that another process is at; wait for its end"
+        ) from error
+    except OSError:  # a file system without locks
+        os.close(held)
+        return
+    _held = held
+
+
+_held: int | None = None
 
 
 def _same_job(folder: Path, config: dict[str, Any]) -> bool:
@@ -162,12 +205,7 @@ def validate(config: DictConfig) -> None:
     """
     for name in _TOP_LEVEL:
         _check(config, name, name)
-    objectives = [config.objective] if isinstance(config.objective, str) else config.objective
-    for name in objectives if isinstance(objectives, list | ListConfig) else [objectives]:
-        if name not in metrics.NAMES:
-            close = difflib.get_close_matches(str(name), metrics.NAMES, n=1)
-            hint = f"did you mean {close[0]}?" if close else "deq/metrics.py lists them"
-            raise UserError(f"objective must be a metric or a list of such, got {in_yaml(name)}; {hint}")
+    _check_objectives(config)
     if config.cuda_graph and config.compact:
         raise UserError("cuda_graph=true cannot replay evaluations that shrink: choose it or compact=true")
     for node in ("solver", "adjoint", "gradient", "data", "model", "optim", "optim.optimizer", "logger"):
@@ -179,6 +217,28 @@ def validate(config: DictConfig) -> None:
         for knob in group if node in ("solver", "adjoint") else ():
             if knob in _LIMITS:
                 _check(config, f"{node}.{knob}", str(knob))
+
+
+def _check_objectives(config: DictConfig) -> None:
+    """Raise UserError for an objective that no run measures, or that this one will not."""
+    objectives = [config.objective] if isinstance(config.objective, str) else config.objective
+    if not isinstance(objectives, list | ListConfig) or not objectives:
+        objectives = [objectives]
+    traced = ("speedup/mixing_penalty_s", "speedup/mixing_penalty", "speedup/crossover_residual")
+    for name in objectives:
+        if name not in metrics.NAMES:
+            close = difflib.get_close_matches(str(name), metrics.NAMES, n=1)
+            hint = f"did you mean {close[0]}?" if close else "deq/metrics.py lists them"
+            raise UserError(f"objective must be a metric or a list of such, got {in_yaml(name)}; {hint}")
+        node = "crossover" if name in traced else "probe"
+        if str(name).startswith("speedup/") and config[node] is None:
+            raise UserError(f"objective={name} is measured by {node}, which is null; leave {node}=null out")
+    wanted = HydraConfig.get().sweeper.get("direction") if HydraConfig.initialized() else None
+    if isinstance(wanted, list | ListConfig) and len(wanted) != len(objectives):
+        raise _SweepError(
+            f"objective has {len(objectives)} metrics and hydra.sweeper.direction {len(wanted)}; give one direction, "
+            "maximize or minimize, for each"
+        )
 
 
 class _Limit(NamedTuple):
@@ -300,7 +360,7 @@ def refuse_graphs_without_device(cuda_graph: bool, device: torch.device) -> None
         raise UserError(f"cuda_graph=true needs a CUDA or ROCm device, this run is on {device}: use cuda_graph=false")
 
 
-def refuse_what_the_tutorial_lacks(config: DictConfig, solvers: Iterable[Solver]) -> None:
+def refuse_what_the_tutorial_lacks(config: DictConfig, solvers: Collection[Solver]) -> None:
     """
     Raises:
         UserError: a solver written the way the tutorial writes it, with what only this project's layer can do.
@@ -311,6 +371,9 @@ def refuse_what_the_tutorial_lacks(config: DictConfig, solvers: Iterable[Solver]
             ("warm_start", config.warm_start),
             ("stability.jacobian_weight", config.stability is not None and config.stability.jacobian_weight),
             ("stability.corrections", config.stability is not None and config.stability.corrections),
+            (f"precision={config.precision}", config.precision != "fp32"),
+            # Its own solvers know no compaction; another one for the adjoint would.
+            ("compact", any(solver.compact for solver in solvers)),
         ):
             if asked:
                 raise UserError(
@@ -334,7 +397,10 @@ def objective(summary: Mapping[str, float], names: str | Sequence[str]) -> float
 
 def resume_hint(folder: Path) -> str:
     """The command that goes on with the run in ``folder``."""
-    overrides = [one for one in HydraConfig.get().overrides.task if not one.startswith("resume=")]
+    about = HydraConfig.get()
+    if about.mode == RunMode.MULTIRUN and (folder.parent / sweep.FILE).is_file():
+        return shlex.join(["python", Path(sys.argv[0]).name, f"resume={shown(folder.parent)}"])
+    overrides = [one for one in about.overrides.task if not one.startswith("resume=")]
     return shlex.join(["python", Path(sys.argv[0]).name, *overrides, f"resume={shown(folder)}"])
 
 
@@ -360,17 +426,17 @@ def _end(sentence: str) -> NoReturn:
     sys.exit(_MISTAKE)
 
 
-def _remove_if_empty(folder: Path, beside: Collection[str] = ()) -> None:
+def _remove_if_empty(folder: Path, beside: Collection[str] = (), *, alone: bool = False) -> None:
     """Take away a folder that Hydra made for a run that never began, and those above it that hold nothing else.
 
-    Files named in ``beside`` count as nothing.
+    Files named in ``beside`` count as nothing. ``alone`` leaves those above it.
     """
     with contextlib.suppress(OSError):  # the folder holds something
         if beside and {file.name for file in folder.iterdir()} <= set(beside):
             for name in beside:
                 (folder / name).unlink(missing_ok=True)
         folder.rmdir()
-        for parent in folder.parents:
+        for parent in () if alone else folder.parents:
             if parent == Path.cwd() or not parent.is_relative_to(Path.cwd()):
                 break
             parent.rmdir()
@@ -404,6 +470,12 @@ def _explain(error: BaseException, conf: Path) -> str | None:
             return _no_such_knob(unknown.group(1), conf)
     if isinstance(error, UserError):
         return str(error)
+    several = re.match(r"Ambiguous value for argument '([^=]+)=(.*)'", str(error))
+    if several:
+        knob, values = several.groups()
+        return (
+            f"{knob}={values} has several values: add -m for a sweep over them, or write {knob}=[{values}] for a list"
+        )
     if isinstance(error, HydraException | InterpolationResolutionError | GrammarParseError):
         return first_line(error)
     return None
@@ -421,6 +493,8 @@ def _no_null_option(conf: Path) -> str:
 
 def _no_such_knob(name: str, conf: Path) -> str:
     knobs = _knobs(conf)
+    if name in knobs and not knobs[name]:
+        return f"{name} is a knob of {name.partition('.')[0]}, which is null here"
     if name in knobs:  # a knob of another option than the one chosen
         return f"{name} is a knob of {' and '.join(sorted(knobs[name]))} alone"
     inside = [knob for knob in sorted(knobs) if knob.endswith(f".{name}")]

@@ -6,7 +6,6 @@ residual down faster, so that there is a *crossover*: a residual below which it 
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import statistics
@@ -14,15 +13,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from deq import curves
+from deq.curves import Crossing
 from deq.errors import UserError, in_yaml
 from deq.files import write_atomically
 from deq.solvers import Forward, Solver
 from deq.tutorial import TutorialForward, TutorialSolver
+from kernels.state import on_device
 
 FILE, PICTURE = "traces.json", "crossover.png"
 FORWARD = "forward iteration"
@@ -51,16 +53,11 @@ class Trace:
     @property
     def seconds_an_iteration(self) -> float:
         """Median over the iterations after the first, which sets the solve up."""
-        steps = [after - before for before, after in itertools.pairwise(self.seconds)]
-        return statistics.median(steps) if steps else self.seconds[0]
+        return curves.seconds_an_iteration(self.seconds) or self.seconds[0]
 
-
-class Crossing(NamedTuple):
-    """Where a curve goes below another for good."""
-
-    x: float
-    """Seconds or evaluations."""
-    residual: float
+    def points(self, against: str) -> list[tuple[float, float]]:
+        """(x, mean residual), x being ``seconds`` or ``evaluations``."""
+        return list(zip(getattr(self, against), self.residual_mean, strict=True))
 
 
 @dataclass(frozen=True)
@@ -92,6 +89,8 @@ class Crossover:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UserError(f"crossover.{name} must be an integer of at least {least}, got {in_yaml(value)}")
+        if not isinstance(self.picture, bool):
+            raise UserError(f"crossover.picture must be true or false, got {in_yaml(self.picture)}")
         windows: object = self.windows
         if isinstance(windows, str) or not isinstance(windows, Sequence):
             raise UserError(f"crossover.windows must be a list, such as [2,5,10], got {in_yaml(windows)}")
@@ -172,6 +171,17 @@ def measure_traces(
         >>> anderson.residual_mean[-1] < forward.residual_mean[-1], len(anderson.seconds)
         (True, 10)
     """
+    with on_device(injection.device):
+        return _measure_traces(cell, injection, solvers, max_iter, repeats)
+
+
+def _measure_traces(
+    cell: Callable[[Tensor, Tensor], Tensor],
+    injection: Tensor,
+    solvers: Mapping[str, Solver],
+    max_iter: int,
+    repeats: int,
+) -> list[Trace]:
     start = torch.zeros_like(injection)
     endless = {
         name: replace(solver, tol=0.0, max_iter=max_iter, patience=0, compact=False) for name, solver in solvers.items()
@@ -256,52 +266,12 @@ class _Clock:
 
 
 def crossing(forward: Trace, other: Trace, against: str = "seconds") -> Crossing | None:
-    """Where the mean residual of ``other`` goes below that of ``forward`` to stay, as far as both were followed.
-
-    Between evaluations curves are straight on a log axis, as they are drawn. None if it does not, or if it never was
-    above.
+    """Where the mean residual of ``other`` goes below that of ``forward`` for good; see :func:`deq.curves.crossing`.
 
     Args:
         against: ``seconds`` or ``evaluations``.
-
-    Example:
-        >>> def curve(seconds, residuals):
-        ...     n = list(range(1, len(seconds) + 1))
-        ...     return Trace("", "", False, n, seconds, residuals, residuals, residuals, residuals)
-        >>> slow, fast = curve([1, 2, 3, 4], [1e-1, 1e-2, 1e-3, 1e-4]), curve([2, 4], [1e-1, 1e-6])
-        >>> crossing(slow, fast)
-        Crossing(x=2.666..., residual=0.0021...)
     """
-    ours, theirs = _curve(other, against), _curve(forward, against)
-    if not ours or not theirs:
-        return None
-    begin, end = max(ours[0][0], theirs[0][0]), min(ours[-1][0], theirs[-1][0])
-    points = sorted({x for x, _ in (*ours, *theirs) if begin <= x <= end})
-    gaps = [(x, _at(ours, x) - _at(theirs, x)) for x in points]
-    if not gaps or gaps[-1][1] >= 0:
-        return None
-    behind = [index for index, (_, gap) in enumerate(gaps) if gap >= 0]
-    if not behind:
-        return None
-    (x0, gap0), (x1, gap1) = gaps[behind[-1]], gaps[behind[-1] + 1]
-    x = x0 + (x1 - x0) * gap0 / (gap0 - gap1)
-    return Crossing(x, math.exp(_at(ours, x)))
-
-
-def _curve(trace: Trace, against: str) -> list[tuple[float, float]]:
-    """(x, log of the mean residual), without what has no logarithm."""
-    return [
-        (x, math.log(residual))
-        for x, residual in zip(getattr(trace, against), trace.residual_mean, strict=True)
-        if residual > 0 and math.isfinite(residual)
-    ]
-
-
-def _at(curve: list[tuple[float, float]], x: float) -> float:
-    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
-        if x0 <= x <= x1:
-            return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-    return curve[0][1] if x <= curve[0][0] else curve[-1][1]
+    return curves.crossing(other.points(against), forward.points(against))
 
 
 def metrics_of(traces: Sequence[Trace], solver: Solver) -> dict[str, float]:
@@ -404,7 +374,7 @@ def _mark_crossing(ax: Any, forward: Trace, own: Trace, against: str, factor: fl
     """A dot where ``own`` goes below, or the words that it has been below all along."""
     cross = crossing(forward, own, against)
     if cross is None:
-        ahead = own.residual_mean[-1] < forward.residual_mean[-1]
+        ahead = curves.ahead(own.points(against), forward.points(against))
         words = f"no crossover: {own.solver} is ahead\nfrom the first iterations" if ahead else "no crossover so far"
         ax.text(0.98, 0.97, words, transform=ax.transAxes, ha="right", va="top", fontsize="small", bbox=_BOX)
         return

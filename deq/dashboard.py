@@ -28,8 +28,8 @@ Result = TypeVar("Result")
 NAME = "Anderson DEQ"
 """Of the workspace, in W&B's list of views."""
 
-GROUPED_BY = ("solver._target_", "window")
-"""Config keys by which runs are grouped, outermost first: a line is a solver and a window, its band the seeds."""
+GROUPED_BY = ("solver._target_", "arm")
+"""Config keys by which runs are grouped, outermost first: a line is all that was set but the seed."""
 
 COLUMNS = (
     "test/accuracy",

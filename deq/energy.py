@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -73,22 +74,28 @@ class Monitor(Protocol):
 def counters_of(device: torch.device) -> Monitor | None:
     """A monitor of the counters for training on ``device``: the GPU, if it is one, and the CPU packages.
 
-    None where there is none, or none that this user may read.
+    None where there is none, or none that this user may read. GPUs of several kinds are measured only with
+    ``CUDA_DEVICE_ORDER=PCI_BUS_ID``.
     """
     logging.getLogger("zeus").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from zeus.device import get_gpus
-        from zeus.device.exception import ZeusBaseGPUError
         from zeus.monitor import ZeusMonitor
 
         gpus = []
-        if device.type == "cuda":
-            with contextlib.suppress(ZeusBaseGPUError):
+        if device.type == "cuda" and _numbered_alike():
+            with contextlib.suppress(Exception):  # of whatever driver: the CPUs can still be measured
                 get_gpus()
                 gpus = [device.index or 0]
         monitor: Monitor = ZeusMonitor(gpu_indices=gpus)
     return monitor if monitor.gpu_indices or monitor.cpu_indices else None
+
+
+def _numbered_alike() -> bool:
+    """Whether CUDA numbers the GPUs as their driver does, by the bus; else another card's joules would be read."""
+    names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+    return len(names) == 1 or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
 
 
 class EnergyMeter:
@@ -133,14 +140,23 @@ class EnergyMeter:
 
     @contextlib.contextmanager
     def measure(self, phase: Phase) -> Iterator[None]:
-        """Counts what is used inside. The caller waits for the device before and after."""
+        """Counts what is used inside, unless that is left by an exception. The caller waits for the device before and
+        after.
+        """
         if self._monitor is not None:
             self._try(lambda monitor: monitor.begin_window(phase, sync_execution=False))
+        done = False
         try:
             yield
+            done = True
         finally:
             if self._monitor is not None:
-                self._try(lambda monitor: self._add(phase, monitor.end_window(phase, sync_execution=False)))
+                self._try(lambda monitor: self._end(phase, monitor, done))
+
+    def _end(self, phase: Phase, monitor: Monitor, done: bool) -> None:
+        measured = monitor.end_window(phase, sync_execution=False)
+        if done:
+            self._add(phase, measured)
 
     def _add(self, phase: Phase, measured: Any) -> None:
         if "gpu" in self.counters:

@@ -14,6 +14,11 @@ from deq.statistics import Sums
 from deq.tutorial import TutorialDEQ
 
 
+def _cuda_devices(tensor: Tensor) -> list[torch.device]:
+    """Whose random numbers are to be kept, beside the CPU's."""
+    return [tensor.device] if tensor.device.type == "cuda" else []
+
+
 @dataclass(frozen=True)
 class CellFlops:
     """Floating-point operations for one sample, as ``torch.utils.flop_counter`` counts them: convolutions and matrix
@@ -25,6 +30,8 @@ class CellFlops:
     """Of J^T u, with f(z) recorded."""
     gradient: float
     """Of the gradients with respect to x and all parameters."""
+    both: float
+    """Of these and J^T u together, which share a part of the way back."""
 
     @staticmethod
     def of(cell: nn.Module, shape: Sequence[int]) -> CellFlops:
@@ -38,26 +45,37 @@ class CellFlops:
         z.requires_grad_()
         x.requires_grad_()
         weights = [weight for weight in cell.parameters() if weight.requires_grad]
-        with torch.random.fork_rng(), torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
+        with (
+            torch.random.fork_rng(_cuda_devices(parameter)),
+            torch.enable_grad(),
+            torch.autocast(z.device.type, enabled=False),
+        ):
             with FlopCounterMode(display=False) as evaluation:
                 f: Tensor = cell.forward(z, x)  # not cell(...), which might be compiled
             u = torch.zeros_like(f)
             with FlopCounterMode(display=False) as product:
                 torch.autograd.grad(f, z, u, retain_graph=True)
             with FlopCounterMode(display=False) as gradient:
-                torch.autograd.grad(f, [x, *weights], u, allow_unused=True)
-        return CellFlops(*(float(mode.get_total_flops()) for mode in (evaluation, product, gradient)))
+                torch.autograd.grad(f, [x, *weights], u, allow_unused=True, retain_graph=True)
+            with FlopCounterMode(display=False) as both:
+                torch.autograd.grad(f, [z, x, *weights], u, allow_unused=True)
+        return CellFlops(*(float(mode.get_total_flops()) for mode in (evaluation, product, gradient, both)))
 
     def train_tflop(self, sums: Sums, layer: nn.Module, gradient: Gradient) -> float:
         """1e12 operations of the cell in the training steps that ``sums`` counts. Stability losses are left out."""
         counted = sums.values()
         samples = counted.get("samples", 0.0)
-        recorded = 1 if isinstance(gradient, Implicit) else getattr(gradient, "steps", 1)
+        implicit = isinstance(gradient, Implicit)
+        recorded = 1 if implicit else getattr(gradient, "steps", 1)
         solves = counted.get("forward.sample_evaluations", 0.0) * self.evaluation
         solves += counted.get("backward.sample_evaluations", 0.0) * self.product
-        attached = recorded * (self.evaluation + self.gradient) + (recorded - 1) * self.product
+        # The way back through what is recorded: to z* (of the first step), which alone is held constant, in no case
+        # but the implicit one, whose z asks for a gradient that nobody reads; to the iterate before, in all others.
+        back = self.both if implicit else self.gradient + (recorded - 1) * self.both
+        attached = recorded * self.evaluation + back
         if isinstance(layer, TutorialDEQ):
-            attached += self.evaluation  # recorded once for the adjoint, once for the parameters
+            # Recorded once for the adjoint and once, without a gradient for z, for the parameters.
+            attached = 2 * self.evaluation + self.gradient
         return (solves + samples * attached) / 1e12
 
     def test_tflop(self, sample_evaluations: float) -> float:

@@ -13,7 +13,7 @@ NAMES: dict[str, str] = {
     "test/accuracy": "share of test samples classified rightly",
     "optim/learning_rate": "learning rate of the latest step",
     "time/elapsed_s": "wall-clock seconds since training began, evaluation and probe included",
-    "time/train_s": "seconds spent in training steps alone (no loading, evaluation, probe or checkpoint)",
+    "time/train_s": "seconds spent in training steps and in drawing their batches; no evaluation, probe, checkpoint",
     "time/test_s": "seconds spent in evaluation on the test set",
     "time/step_s": "mean seconds a training step, over the steps since the previous row",
     "solver/forward_evaluations": "evaluations of f per forward solve of a batch, mean over training steps",

@@ -14,6 +14,7 @@ from deq.errors import UserError, in_yaml
 from deq.layer import DEQ
 from deq.models import EquilibriumClassifier
 from deq.solvers import Forward, Solution, Solver
+from deq.tutorial import TutorialForward, TutorialSolver
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,15 @@ class SpeedupProbe:
         try:
             injection = model.inject(images)
             solver = replace(model.deq.solver, max_iter=self.max_iter)
-            baseline = Forward(tol=solver.tol, stop=solver.stop, max_iter=self.max_iter)
+            # To the same stopping test: the tutorial's reads one residual of the whole batch.
+            baseline: Solver = (
+                TutorialForward(tol=solver.tol, max_iter=self.max_iter)
+                if isinstance(solver, TutorialSolver)
+                else Forward(tol=solver.tol, stop=solver.stop, max_iter=self.max_iter)
+            )
             # In turns, so that a machine that slows down slows both.
-            runs = [_Timed(model.deq.cell, baseline, injection), _Timed(model.deq.cell, solver, injection)]
+            graphs = model.deq.cuda_graph
+            runs = [_Timed(model.deq.cell, one, injection, cuda_graph=graphs) for one in (baseline, solver)]
             for _ in range(self.repeats):
                 for run in runs:
                     if run.converged:
@@ -89,9 +96,11 @@ class SpeedupProbe:
 class _Timed:
     """A solver on one injection; the first solve warms up and tells whether there is anything to time."""
 
-    def __init__(self, cell: Callable[[Tensor, Tensor], Tensor], solver: Solver, injection: Tensor) -> None:
+    def __init__(
+        self, cell: Callable[[Tensor, Tensor], Tensor], solver: Solver, injection: Tensor, *, cuda_graph: bool
+    ) -> None:
         # A layer of its own around the shared cell: the model's layer keeps the accounts of its last solves.
-        self._layer, self._injection = DEQ(cell, solver=solver), injection
+        self._layer, self._injection = DEQ(cell, solver=solver, cuda_graph=cuda_graph), injection
         self._seconds: list[float] = []
         self._layer(injection)
         solution = self._layer.last_solution

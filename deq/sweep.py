@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import re
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -42,8 +43,8 @@ class GridSweeper(Sweeper):
     seed come one after another, so that what is compared is measured in the same hour.
 
     What the command line says goes before a grid: where the grids differ in a knob (``solver``), the values given
-    choose among them; any other knob takes the values given in every grid that has it, and one that no grid has is
-    swept over in all of them.
+    choose among them. Any other knob takes the value given in all grids; several values of it are swept over in the
+    grids that have it, or in all where none has.
 
     Args:
         max_batch_size: jobs handed to the launcher at a time; None hands it all.
@@ -77,16 +78,14 @@ class GridSweeper(Sweeper):
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         jobs = jobs_of(self.grids, self.params, arguments, parser)
         GridSweeper.shared = {one for one in jobs[0] if all(one in job for job in jobs)} if len(jobs) > 1 else set()
+        self.validate_batch_is_legal(jobs)  # before there is a folder
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        _claim(folder, jobs)
-        OmegaConf.save(self.config, folder / _HYDRAS_OWN)
+        _claim(folder, jobs, OmegaConf.to_yaml(self.config))
         size = self.max_batch_size or max(len(jobs), 1)
         returns = []
         for first in range(0, len(jobs), size):
-            batch = jobs[first : first + size]
-            self.validate_batch_is_legal(batch)
-            results = self.launcher.launch(batch, initial_job_idx=first)
+            results = self.launcher.launch(jobs[first : first + size], initial_job_idx=first)
             for result in results:
                 _ = result.return_value  # raises what the job raised
             returns.append(results)
@@ -111,7 +110,8 @@ def jobs_of(grids: Sequence[Grid], params: Grid, arguments: Sequence[str], parse
     """The overrides of every job; see :class:`GridSweeper`.
 
     Raises:
-        HydraException: for a sweep over an interval, which only a tuner can make.
+        HydraException: for a sweep over an interval, which only a tuner can make; for a value that has no grid where
+            others have one.
     """
     given = _values(parser.parse_overrides(list(arguments)))
     shared = {key: values for key, values in _parsed(params, parser).items() if key not in given}
@@ -122,6 +122,12 @@ def jobs_of(grids: Sequence[Grid], params: Grid, arguments: Sequence[str], parse
         for key in telling & set(given)
         if all(key in grid for grid in parsed) and any(set(grid[key]) & set(given[key]) for grid in parsed)
     }
+    for key in chosen:
+        unknown = [one for one in given[key] if not any(one in grid[key] for grid in parsed)]
+        if unknown:
+            raise HydraException(
+                f"{', '.join(unknown)} has no grid in this experiment; leave it out, or sweep without an experiment"
+            )
     jobs: list[list[str]] = []
     for grid in parsed:
         knobs = {
@@ -129,7 +135,11 @@ def jobs_of(grids: Sequence[Grid], params: Grid, arguments: Sequence[str], parse
             for key, values in grid.items()
         }
         elsewhere = {key for other in parsed for key in other}
-        rest = {key: values for key, values in given.items() if key not in elsewhere}
+        rest = {
+            key: values
+            for key, values in given.items()
+            if key not in grid and (key not in elsewhere or len(values) == 1) and key not in chosen
+        }
         for values in itertools.product(*(shared | knobs | rest).values()):
             if list(values) not in jobs:
                 jobs.append(list(values))
@@ -160,14 +170,16 @@ def _values(overrides: Sequence[Override]) -> dict[str, list[str]]:
     return found
 
 
-def _claim(folder: Path, jobs: list[list[str]]) -> None:
-    """Note the jobs in ``sweep.json``, unless another sweep has been there.
+def _claim(folder: Path, jobs: list[list[str]], multirun: str) -> None:
+    """Note the command in ``multirun.yaml`` and the jobs in ``sweep.json``, unless another sweep has been there.
 
     Raises:
         UserError: it has.
     """
     content = {"jobs": [{"number": number, "overrides": job} for number, job in enumerate(jobs)]}
     file = folder / FILE
+    if (folder / "metrics.jsonl").is_file():
+        raise UserError(f"{shown(folder)} holds a run; give another hydra.sweep.dir")
     if file.is_file():
         if _read(file) == content:
             return
@@ -175,7 +187,15 @@ def _claim(folder: Path, jobs: list[list[str]]) -> None:
             f"{shown(folder)} holds a sweep of other jobs; give another hydra.sweep.dir, or go on with that sweep: "
             f"python train.py resume={shown(folder)}"
         )
+    write_atomically(folder / _HYDRAS_OWN, lambda stream: stream.write(multirun.encode()))
     write_atomically(file, lambda stream: stream.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+def _quoted(value: str) -> str:
+    """As Hydra's grammar reads it back."""
+    if re.fullmatch(r"[\w./+-]+", value):
+        return value
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _read(file: Path) -> Any:
@@ -186,16 +206,21 @@ def _read(file: Path) -> Any:
 
 
 def resumed_arguments(arguments: Sequence[str]) -> list[str]:
-    """The command line that ``resume=SWEEP`` stands for: that of the sweep, in its folder, with what else is given.
+    """The command line that ``resume=SWEEP`` stands for: that of the sweep, in its folder.
 
     Any other command line is returned as it is.
 
     Raises:
-        UserError: the folder's own notes cannot be read.
+        UserError: the folder's own notes cannot be read, or something else is asked for.
     """
     for argument in arguments:
         key, _, value = argument.partition("=")
-        folder = Path(value).expanduser()
+        folder = Path(value.strip("'\"")).expanduser()
+        if key == "resume" and not (folder / FILE).is_file() and (folder / "optimization_results.yaml").is_file():
+            raise UserError(
+                f"resume={value}: that sweep was tuning; repeat its command with hydra.sweep.dir={value}: trials "
+                "that it makes again are taken as they are"
+            )
         if key == "resume" and (folder / FILE).is_file():
             try:
                 overrides = OmegaConf.load(folder / _HYDRAS_OWN).hydra.overrides
@@ -206,6 +231,11 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
                     f"hydra.sweep.dir={value}"
                 ) from error
             before = [one for one in before if not one.startswith(("hydra.sweep.dir=", "hydra.mode="))]
-            given = [one for one in arguments if one != argument and one not in ("-m", "--multirun")]
-            return ["--multirun", *before, *given, f"hydra.sweep.dir={value}"]
+            others = [one for one in arguments if one not in (argument, "-m", "--multirun")]
+            if others:
+                raise UserError(
+                    f"resume={value} goes on with that sweep as it was begun; leave {' '.join(others)} out, or begin "
+                    "another sweep"
+                )
+            return ["--multirun", *before, f"hydra.sweep.dir={_quoted(str(folder))}"]
     return list(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -26,6 +27,8 @@ from deq.machine import code_version, processor_name
 Result = TypeVar("Result")
 Row = dict[str, float]
 STATUS = "status.json"
+_NOT_OF_THE_ARM = ("seed=", "logger", "hydra.", "resume=", "experiment=", "device=")
+"""Overrides that do not tell an arm of an experiment from another."""
 
 _MODES = ("auto", "online", "offline", "disabled")
 _WANDB_MODES = {
@@ -123,10 +126,15 @@ class Tracker:
             (folder / "metrics.jsonl").touch()
             if not resumed:
                 (folder / "metrics.jsonl").write_text("")  # of a run that was killed before its first checkpoint
+        if resumed:
+            _set_aside(folder / "wandb")
         mode = _wanted_mode(options, warn)
         self._wandb = None
         if mode != "disabled":
-            self._wandb = _Wandb(options, mode, folder, {**config, **about}, group=group, tags=tags, warn=warn)
+            arm = " ".join(one for one in overrides if not one.startswith(_NOT_OF_THE_ARM))
+            self._wandb = _Wandb(
+                options, mode, folder, {**config, **about, "arm": arm}, group=group, tags=tags, warn=warn
+            )
 
     def restore(self, rows: list[Row]) -> None:
         """Begin with the rows of the run that is resumed, so that file and charts are whole."""
@@ -180,10 +188,10 @@ class Tracker:
         metrics.check(summary)
         failed = state != "finished"
         try:
-            if "total_steps" in self._status:
+            _write_text(self.folder / "summary.json", _json(summary, indent=2) + "\n")
+            if "total_steps" in self._status:  # last: what says finished is so
                 self._status |= {"ended": _now(), "error": error}
                 self.status(state, self._status["step"], self._status["total_steps"])
-            _write_text(self.folder / "summary.json", _json(summary, indent=2) + "\n")
         finally:
             if self._wandb is not None:
                 self._wandb.finish(summary, failed)
@@ -315,6 +323,13 @@ class _Wandb:
         self._run, self.note = None, None
         self._warn(f"W&B failed at {what} ({reason}); the run goes on, and its files are complete without it")
         return None
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename W&B's offline runs in ``folder``: the run that goes on logs their rows again, and is the one to upload."""
+    with contextlib.suppress(OSError):
+        for before in folder.glob("offline-run-*"):
+            before.rename(before.with_name(f"superseded-{before.name}"))
 
 
 def state_of(folder: Path) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from deq.flops import CellFlops
 from deq.gradients import Implicit
 from deq.interrupt import Interrupted, SignalWatch
 from deq.layer import Equilibrium
+from deq.machine import peak_resident_bytes, reset_peak_resident_bytes
 from deq.models import EquilibriumClassifier
 from deq.probe import Comparison, SpeedupProbe
 from deq.solvers import Solver
@@ -141,6 +141,8 @@ class Trainer:
         """
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            reset_peak_resident_bytes()
         self._began = time.perf_counter() - self.position.elapsed_s
         self._tell_status("running")
         with SignalWatch() as signals:
@@ -150,7 +152,10 @@ class Trainer:
                     self._train_epoch(signals)
                     self._close_epoch(signals)
                     self._save(self.state())
-                self._trace()
+                    signals.raise_if_noted()
+                with self._warned("traces.json"):
+                    self._trace(signals)
+                signals.raise_if_noted()
             except Interrupted:
                 self._save(self.state())
                 raise
@@ -276,7 +281,7 @@ class Trainer:
 
     def _evaluate_on_the_way(self, signals: SignalWatch) -> None:
         """The evaluation within an epoch, if it is due."""
-        if self._evaluation_due() and self.position.batch:
+        if self._evaluation_due() and 0 < self.position.batch < self.batches.per_epoch:
             position = self.position
             self.display.doing("evaluation")
             self._conclude(self._evaluate(signals), position.epoch + position.batch / self.batches.per_epoch)
@@ -296,7 +301,7 @@ class Trainer:
         self._tell_status("running")
 
     @torch.no_grad()
-    def _trace(self) -> None:
+    def _trace(self, signals: SignalWatch) -> None:
         """Keep the residuals of single solves with the model as it is now."""
         if self.crossover is None:
             return
@@ -306,11 +311,17 @@ class Trainer:
         cell, solver = self.model.deq.cell, self.model.deq.solver
         with self._autocast():
             injection = self.model.inject(images).float()
-            traces, about = self.crossover.measure(lambda z, x: cell(z, x).to(z.dtype), injection, solver)
+
+            def evaluated(z: Tensor, x: Tensor) -> Tensor:
+                signals.raise_if_noted()
+                fz: Tensor = cell(z, x).to(z.dtype)
+                return fz
+
+            traces, about = self.crossover.measure(evaluated, injection, solver)
         self._traced = crossover.metrics_of(traces, solver)
         self.tracker.traces(traces, about)
         if self.crossover.picture:
-            with self._warned("the crossover figure"):
+            with self._warned(crossover.PICTURE):
                 figure = crossover.draw(traces, solver.tol, highlight=crossover.named(solver))
                 figure.savefig(self.tracker.folder / crossover.PICTURE, dpi=150)
 
@@ -319,8 +330,8 @@ class Trainer:
         """An extra that fails costs a warning, not the run."""
         try:
             yield
-        except (ImportError, OSError) as error:
-            self.display.warn(f"{what} was not drawn: {first_line(error)}")
+        except (ImportError, OSError, RuntimeError, UserError) as error:  # of torch: memory, a singular system
+            self.display.warn(f"there is no {what}: {first_line(error)}")
 
     def _tflop(self, sums: Sums) -> dict[str, float]:
         """The proxies for energy of the run so far, whose training steps ``sums`` counts."""
@@ -340,6 +351,8 @@ class Trainer:
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         started = self._now()
+        sample_evaluations = 0
+        # Counted where it ends: one that is interrupted is made again.
         with self.energy.measure("test"):
             for images, labels in self.batches.test():
                 signals.raise_if_noted()
@@ -347,18 +360,19 @@ class Trainer:
                     logits = self.model(images).float()
                 loss = functional.cross_entropy(logits, labels, reduction="sum")
                 sums += torch.stack([loss.double(), (logits.argmax(dim=1) == labels).sum().double()])
-                self._count_evaluation(len(labels))
+                sample_evaluations += self._sample_evaluations(len(labels))
             loss_sum, correct = sums.tolist()
             self.position.test_s += self._now() - started
+        self.position.test_sample_evaluations += sample_evaluations
         count = len(self.batches.data.test)
         return {"test/loss": loss_sum / count, "test/accuracy": correct / count}
 
-    def _count_evaluation(self, samples: int) -> None:
-        """Count the solve that a batch of the test set took."""
+    def _sample_evaluations(self, samples: int) -> int:
+        """Of the solve of the batch of the test set that was evaluated last."""
         layer = self.model.deq
-        if layer.last_solution is not None:
-            again = samples if isinstance(layer, TutorialDEQ) else 0  # its layer evaluates f once more
-            self.position.test_sample_evaluations += layer.last_solution.sample_evaluations + again
+        assert layer.last_solution is not None
+        again = samples if isinstance(layer, TutorialDEQ) else 0  # its layer evaluates f once more
+        return layer.last_solution.sample_evaluations + again
 
     def _log(self, measured: dict[str, float]) -> None:
         """A row about the steps since the previous one."""
@@ -460,8 +474,7 @@ class Trainer:
     def _peak_memory(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+        return peak_resident_bytes()
 
 
 def count_parameters(model: nn.Module) -> int:

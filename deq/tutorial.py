@@ -1,6 +1,9 @@
 """The paper's baselines: a DEQ layer and its two solvers, written the way the *Deep Implicit Layers* tutorial does.
 
-What is peculiar to them is kept, since it is what they are here to measure: one residual for the whole batch, read by
+Where they differ from it: ``max_iter`` counts all evaluations of f, of which the tutorial's forward iteration makes one
+more; Anderson's first two evaluations are tested, too; and the samples' own residuals, which the tutorial does not
+know, are computed once at the end, for the account. What is peculiar to them is kept, since it is what they are here
+to measure: one residual for the whole batch, read by
 the host after every evaluation; Anderson's history as two dense tensors whose Gram matrix is computed anew each time,
 an absolute ridge, and a batched LU; two more evaluations of f at the fixed point that was found; a hook for the
 gradient. Everything else of a run is the same as for the solvers of :mod:`deq.solvers`, to which these are compared.
@@ -18,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deq.gradients import Implicit
+from deq.gradients import Implicit, adjoint_map, recorded
 from deq.layer import DEQ, Equilibrium
 from deq.solvers import Outcome, Solution, Solver
 from deq.solvers.base import FixedPointMap, Iteration, Restrict
@@ -40,7 +43,7 @@ class TutorialSolution(Solution):
 class TutorialSolver(Solver):
     """A solver whose loop is the tutorial's. ``stop``, ``compact``, ``check_every`` and ``patience`` have no meaning.
 
-    The residuals of the samples, which the tutorial does not know, are computed once at the end, for the account.
+    In its solutions the residuals are those of the iterate that was evaluated last; forward iteration returns f of it.
     """
 
     def start(self, x: Tensor, *, in_place: bool = False) -> Iteration:
@@ -234,13 +237,10 @@ class TutorialDEQ(DEQ):
         if not z.requires_grad:
             return z
         z_star = z.detach().clone().requires_grad_()
-        f_star = self.cell(z_star, x)
+        f_star = recorded(lambda z: self.cell(z, x), z_star)
 
         def adjoint(grad: Tensor) -> Tensor:
-            def product(u: Tensor) -> Tensor:
-                return torch.autograd.grad(f_star, z_star, u, retain_graph=True)[0] + grad
-
-            found = self._adjoint_solver.solve(product, grad)
+            found = self._adjoint_solver.solve(adjoint_map(f_star, z_star, grad), grad)
             if self.last_solution is solution:
                 self.last_adjoint = found
             return found.z

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deq import curves
+from deq.curves import Crossing
 from deq.report.arms import BASELINES, FORWARD, SOLVERS, Arm, arms_of, baselines_for, common, shown_knob
 from deq.report.runs import Evaluation, Run, Sweep, Trace
 
@@ -143,18 +145,6 @@ class Against:
 
 
 @dataclass(frozen=True)
-class Crossover:
-    """The first point from which on a solver's residual is below forward iteration's.
-
-    On one axis: ``at`` evaluations or seconds, with the solver's mean relative residual there.
-    """
-
-    at: float
-    residual: float
-    index: int
-
-
-@dataclass(frozen=True)
 class Trade:
     """What a solver's iterations cost and bring beside forward iteration's, on the traces of one run.
 
@@ -165,8 +155,8 @@ class Trade:
     arm: Arm
     run: Run
     solver: str
-    by_evaluations: Crossover | None
-    by_seconds: Crossover | None
+    by_evaluations: Crossing | None
+    by_seconds: Crossing | None
     penalty_s: float | None
     penalty: float | None
 
@@ -348,53 +338,26 @@ def _trades(arms: Sequence[Arm]) -> list[Trade]:
                         crossover_by_evaluations(curve, forward),
                         crossover_by_seconds(curve, forward),
                         penalty,
-                        _ratio(penalty, _an_iteration(forward)),
+                        _ratio(penalty, curves.seconds_an_iteration(forward.seconds)),
                     )
                 )
     return found
 
 
-def crossover_by_evaluations(curve: Trace, forward: Trace) -> Crossover | None:
-    """After equally many evaluations of f; compared as far as both go."""
-    theirs = dict(zip(forward.evaluations, forward.mean, strict=True))
-    return _crossover(curve, [float(k) for k in curve.evaluations], [theirs.get(k) for k in curve.evaluations])
+def crossover_by_evaluations(curve: Trace, forward: Trace) -> Crossing | None:
+    """After equally many evaluations of f; see :func:`deq.curves.crossing`."""
+    return curves.crossing(curve.points(curve.evaluations), forward.points(forward.evaluations))
 
 
-def crossover_by_seconds(curve: Trace, forward: Trace) -> Crossover | None:
-    """After equally many seconds; between two iterates of forward iteration its curve is straight in log residual."""
-
-    def at(seconds: float) -> float | None:
-        for t1, t2, r1, r2 in zip(forward.seconds, forward.seconds[1:], forward.mean, forward.mean[1:], strict=False):
-            if t1 <= seconds <= t2:
-                share = (seconds - t1) / (t2 - t1) if t2 > t1 else 1.0
-                return math.exp((1 - share) * math.log(r1) + share * math.log(r2))
-        return None
-
-    return _crossover(curve, curve.seconds, [at(seconds) for seconds in curve.seconds])
-
-
-def _crossover(curve: Trace, x: Sequence[float], theirs: Sequence[float | None]) -> Crossover | None:
-    found = None
-    for index in reversed(range(len(x))):
-        other = theirs[index]
-        if other is None:  # one of the two curves has ended, or not begun
-            continue
-        if not curve.mean[index] < other:
-            break
-        found = Crossover(x[index], curve.mean[index], index)
-    return found
+def crossover_by_seconds(curve: Trace, forward: Trace) -> Crossing | None:
+    """After equally many seconds."""
+    return curves.crossing(curve.points(curve.seconds), forward.points(forward.seconds))
 
 
 def mixing_penalty(curve: Trace, forward: Trace) -> float | None:
     """Seconds an iteration more than forward iteration's, median against median; None for too short a trace."""
-    ours, theirs = _an_iteration(curve), _an_iteration(forward)
+    ours, theirs = curves.seconds_an_iteration(curve.seconds), curves.seconds_an_iteration(forward.seconds)
     return ours - theirs if ours is not None and theirs is not None else None
-
-
-def _an_iteration(curve: Trace) -> float | None:
-    points = list(zip(curve.evaluations, curve.seconds, strict=True))
-    steps = [(t2 - t1) / (k2 - k1) for (k1, t1), (k2, t2) in itertools.pairwise(points) if k2 > k1]
-    return statistics.median(steps) if steps else None
 
 
 PAPER = {
@@ -411,8 +374,10 @@ def is_cifar10(comparison: Comparison) -> bool:
     """Whether every run's data are CIFAR-10, the package's own or a folder of images that is named so."""
 
     def of(arm: Arm) -> bool:
-        data, root = arm.knobs.get("data"), "/".join(Path(str(arm.knobs.get("data.root", ""))).parts[-2:])
-        named = "cifar10" in root.lower().replace("-", "").replace("_", "")
+        data, folders = arm.knobs.get("data"), Path(str(arm.knobs.get("data.root", ""))).parts[-2:]
+        # CIFAR-10-images and cifar10_jpeg, but neither cifar100 nor cifar10_vs_cats.
+        names = [re.fullmatch(r"cifar[-_]?10([-_](images|jpe?g|png|batches.*))?", name.lower()) for name in folders]
+        named = any(names)
         return data == "cifar10" or (
             data == "image_folder" and named and arm.knobs.get("data.image_size") in (None, 32)
         )

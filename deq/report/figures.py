@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -178,11 +180,11 @@ def figures_of(comparison: Comparison) -> list[Drawn]:
             comparison,
             styles,
             "evaluations",
-            "Evaluations of f in each epoch",
+            "Evaluations of f in the course of training",
             ("solver/forward_evaluations", "solver/backward_evaluations"),
             "evaluations a solve, mean",
             1.0,
-            "Mean over the solves of an epoch's training steps; line: median of the seeds, band: their range.",
+            "Mean over the solves since the evaluation before; line: median of the seeds, band: their range.",
         ),
         _over_epochs(
             comparison,
@@ -192,8 +194,8 @@ def figures_of(comparison: Comparison) -> list[Drawn]:
             ("solver/forward_unconverged_fraction", "solver/backward_unconverged_fraction"),
             "samples above tol, %",
             100.0,
-            "Share of samples whose relative residual was above tol when their solve ended, in each epoch's training "
-            "steps; line: median of the seeds, band: their range.",
+            "Share of samples whose relative residual was above tol when their solve ended, in the training steps "
+            "since the evaluation before; line: median of the seeds, band: their range.",
         ),
         _energy(comparison, styles),
         *_heat_maps(comparison),
@@ -274,14 +276,17 @@ def _faint_first(lines: list[Line]) -> list[Line]:
 
 
 def _over_evaluations(
-    arm: Arm, metric: str, factor: float, x: str | None = None
+    arm: Arm, metric: str, factor: float, x: str | bool
 ) -> tuple[list[float], list[float], list[float], list[float]] | None:
-    """Median x, and median, lowest and highest value over the seeds at each evaluation; x None counts epochs."""
+    """Median x, and median, lowest and highest value over the seeds at each evaluation.
+
+    x: a metric, or whether to count epochs rather than steps.
+    """
     points: dict[int, list[tuple[float, float]]] = {}
     for run in arm.counted:
         for number, one in enumerate(run.evaluations):
             value = one.get(metric)
-            at = float(one.epoch) if x is None else one.get(x)
+            at = one.get(x) if isinstance(x, str) else float(one.epoch if x else one.step)
             if value is not None and at is not None:
                 points.setdefault(number, []).append((at, factor * value))
     if not points:
@@ -306,10 +311,13 @@ def _over_epochs(
     caption: str,
 ) -> Drawn:
     panels, shown = [], []
+    # Runs that are also evaluated within an epoch have several points in it.
+    epochs = [[one.epoch for one in run.evaluations] for arm in comparison.arms for run in arm.arm.counted]
+    by_epoch = all(len(set(numbers)) == len(numbers) for numbers in epochs)
     for name, metric in zip(("forward solve", "backward solve"), metrics, strict=True):
         lines = []
         for one in comparison.arms:
-            curve = _over_evaluations(one.arm, metric, factor)
+            curve = _over_evaluations(one.arm, metric, factor, by_epoch)
             if curve is not None:
                 style = styles[id(one.arm)]
                 x, y, low, high = curve
@@ -318,7 +326,11 @@ def _over_epochs(
                 lines.append(Line(one.arm.label, style, x, y, low if band else None, high if band else None, few))
                 shown.append(one.arm)
         if lines:
-            panels.append(Panel("epoch", y_title, name, from_zero=True, lines=_faint_first(lines)))
+            panels.append(
+                Panel(
+                    "epoch" if by_epoch else "training steps", y_title, name, from_zero=True, lines=_faint_first(lines)
+                )
+            )
     if not panels:
         return Missing(key, title, "No run has been evaluated yet: a run's first evaluation ends its first epoch.")
     if len(panels) == 1:
@@ -359,14 +371,17 @@ def _residual(comparison: Comparison, styles: dict[int, Style], arm: Arm, run: R
     for curve in traces.curves:
         if curve.baseline and curve is not forward:
             looks[id(curve)] = Style(SECOND_BASELINE, "dot", 2.4, f"{curve.solver} (baseline)")
-    for number, curve in enumerate(others):
-        # The run's own solver has its arm's colour; of several windows none is more its own than another.
-        colour = own.colour if number == 0 and not own.faint else spare[(number - 1) % len(spare)]
+    # The run's own solver has its arm's colour; of several windows it is the one of the run's window.
+    window = arm.knobs.get("solver.window")
+    mine = next((curve for curve in others if re.search(rf" m = {window}\b", curve.solver)), others[0])
+    colours = itertools.cycle(spare)
+    for curve in others:
+        colour = own.colour if curve is mine and not own.faint else next(colours)
         looks[id(curve)] = Style(colour, "solid", 2.0, curve.solver)
     by_solver = {trade.solver: trade for trade in comparison.trades if trade.run is run}
     # One text a panel: of the solver that crosses first in seconds, else of the first.
     crossing = [t for t in by_solver.values() if t.by_seconds is not None]
-    told = min(crossing, key=lambda t: t.by_seconds.at if t.by_seconds else 0.0, default=None)
+    told = min(crossing, key=lambda t: t.by_seconds.x if t.by_seconds else 0.0, default=None)
     told = told or next(iter(by_solver.values()), None)
 
     seconds = _residual_panel(traces.curves, looks, lambda c: [scale * t for t in c.seconds], unit, traces.tol)
@@ -375,12 +390,12 @@ def _residual(comparison: Comparison, styles: dict[int, Style], arm: Arm, run: R
         trade = by_solver[curve.solver]
         cross = trade.by_seconds
         if cross is not None:
-            text = f"crossover: {cross.residual:.1e}<br>at {scale * cross.at:.3g} {unit}" if trade is told else ""
-            seconds.marks.append(Mark(scale * cross.at, cross.residual, looks[id(curve)], text, _free_corner(seconds)))
+            text = f"crossover: {cross.residual:.1e}<br>at {scale * cross.x:.3g} {unit}" if trade is told else ""
+            seconds.marks.append(Mark(scale * cross.x, cross.residual, looks[id(curve)], text, _free_corner(seconds)))
         cross = trade.by_evaluations
         if cross is not None:
-            text = f"crossover: {cross.residual:.1e}<br>at {cross.at:g} evaluations" if trade is told else ""
-            counts.marks.append(Mark(cross.at, cross.residual, looks[id(curve)], text, _free_corner(counts)))
+            text = f"crossover: {cross.residual:.1e}<br>at {cross.x:.3g} evaluations" if trade is told else ""
+            counts.marks.append(Mark(cross.x, cross.residual, looks[id(curve)], text, _free_corner(counts)))
     caption = (
         f"Mean over {traces.batch} (band: 10th to 90th percentile) with the model that this run trained, seed "
         f"{run.seed}; seconds from the start of the solve, median of repeats"
@@ -434,9 +449,7 @@ def _penalty_bracket(trade: Trade, curve: Trace, forward: Trace, scale: float, c
     common = sorted(set(curve.evaluations) & set(forward.evaluations))
     if not common or trade.penalty_s is None:
         return None
-    count = int(trade.by_evaluations.at) if trade.by_evaluations is not None else common[-1]
-    if count == 1:  # as long for both: there is nothing to span
-        count = common[-1]
+    count = common[-1]  # where it is the longest
     ours, theirs = curve.evaluations.index(count), forward.evaluations.index(count)
     share = f" ({100 * trade.penalty:+.0f} %)" if trade.penalty is not None else ""
     return Bracket(

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deq.report.compare import Against, ArmNumbers, Comparison, Crossover, Spread
+from deq.curves import Crossing
+from deq.report.compare import Against, ArmNumbers, Comparison, Spread
 from deq.report.runs import Run, now
 from deq.report.tables import Text, command_of
 
@@ -108,8 +109,8 @@ def _spread(spread: Spread | None) -> Json | None:
     return asdict(spread) if spread is not None else None
 
 
-def _crossover(found: Crossover | None) -> Json | None:
-    return {"at": found.at, "residual": found.residual} if found is not None else None
+def _crossover(found: Crossing | None) -> Json | None:
+    return {"at": found.x, "residual": found.residual} if found is not None else None
 
 
 def _clean(value: Any) -> Any:

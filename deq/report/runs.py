@@ -7,7 +7,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -64,6 +64,10 @@ class Trace:
     mean: list[float]
     low: list[float]
     high: list[float]
+
+    def points(self, x: Sequence[float]) -> list[tuple[float, float]]:
+        """(x, mean residual)."""
+        return list(zip(x, self.mean, strict=True))
 
 
 @dataclass(frozen=True)
@@ -188,9 +192,11 @@ class Sweep:
         for run in self.runs:
             source = run.config.get("resume")
             if source is not None:
-                names = Path(str(source)).parts[-2:]  # a run folder, or a file in it
+                parts = Path(str(source)).parts  # a run folder, or a file in it
                 for other in self.runs:
-                    if other is not run and other.folder.name in names:
+                    own = other.folder.resolve().parts[-2:]
+                    same = own in (parts[-2:], parts[-3:-1]) or (len(parts) == 1 and own[-1:] == parts)
+                    if other is not run and same:
                         found[other.folder] = run
         return found
 
@@ -215,7 +221,11 @@ def read(folder: Path) -> Sweep:
     for place, jobs in planned:
         begun = {run.number for run in sweep.runs if run.folder.parent == place}
         begun |= {int(name) for other, _ in sweep.unreadable if (name := other.name.partition("_")[0]).isdigit()}
-        sweep.not_begun += [job for job in jobs if job.number not in begun]
+        # Folders may have other names: what a run was given tells its job, too.
+        given = [sorted(run.overrides) for run in sweep.runs if run.folder.is_relative_to(place) and run.overrides]
+        sweep.not_begun += [
+            job for job in jobs if job.number not in begun and not (job.overrides and sorted(job.overrides) in given)
+        ]
     return sweep
 
 

@@ -404,17 +404,17 @@ def trade_table(comparison: Comparison) -> Table | None:
                 Cell(trade.solver, trade.arm.label if len(comparison.arms) > 1 else ""),
                 Cell(str(trade.run.seed)),
                 Cell(penalty),
-                Cell(f"{evaluations.residual:.1e}", f"at {evaluations.at:g} evaluations")
+                Cell(f"{evaluations.residual:.1e}", f"at {evaluations.x:.3g} evaluations")
                 if evaluations
                 else Cell("none"),
-                Cell(f"{seconds.residual:.1e}", f"at {1e3 * seconds.at:.3g} ms") if seconds else Cell("none"),
+                Cell(f"{seconds.residual:.1e}", f"at {1e3 * seconds.x:.3g} ms") if seconds else Cell("none"),
             ]
         )
     columns = ["solver", "seed", "mixing penalty an iteration", "crossover by evaluations", "crossover by time"]
     note = (
         "Against forward iteration on the same batch with the same model. Mixing penalty: median seconds of an "
         "iteration beside forward iteration's. Crossover: the mean relative residual from which on the solver stays "
-        "below, and where; none: it does not, as far as both curves go."
+        "below, and where; none: it does not, or has been below from the first on, as far as both curves go."
     )
     return Table("Crossover and mixing penalty", columns, rows, note)
 
@@ -451,7 +451,7 @@ def run_table(comparison: Comparison) -> Table:
                 Cell(run.folder.name, link=run.folder),
                 Cell(arms[id(run)].label),
                 Cell(str(run.seed)),
-                Cell(run.state),
+                Cell("killed?" if run.state == "running" and run.quiet_s is not None else run.state),
                 Cell(steps),
                 Cell(percent(best) if best is not None else "–"),
                 Cell(number(train_s) if train_s is not None else "–"),
@@ -465,7 +465,9 @@ def run_table(comparison: Comparison) -> Table:
 def command_of(run: Run) -> str | None:
     """The command of this job alone, where its overrides are known; else the one that was typed."""
     if run.overrides is not None:
-        return shlex.join(["python", "train.py", *run.overrides])
+        # An experiment that sweeps would begin its sweep.
+        alone = ["hydra.mode=RUN"] if any(one.startswith("experiment=") for one in run.overrides) else []
+        return shlex.join(["python", "train.py", *run.overrides, *alone])
     command = run.environment.get("command")
     return f"python {command}" if command else None
 
@@ -576,12 +578,16 @@ def gaps(comparison: Comparison) -> list[Gap]:
     sweep = comparison.sweep
     resumed = sweep.resumed
     for run in sweep.runs:
+        if run.finished and not run.evaluations:
+            found.append(Gap(f"{run.folder.name}: finished, but its metrics.jsonl holds no evaluation"))
         if run.finished or run.folder in resumed:
             continue
         steps = f"step {run.step:,}" + (f" of {run.total_steps:,}" if run.total_steps else "")
         name = run.folder.name
         resume = None
-        if (run.folder / "checkpoint.pt").is_file():
+        if (run.folder.parent / "sweep.json").is_file():
+            resume = shlex.join(["python", "train.py", f"resume={shown(run.folder.parent.resolve())}"])
+        elif (run.folder / "checkpoint.pt").is_file():
             overrides = [one for one in run.overrides or [] if not one.startswith("resume=")]
             resume = shlex.join(["python", "train.py", *overrides, f"resume={shown(run.folder.resolve())}"])
         if run.state == "running" and run.quiet_s is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor
 from deq import crossover
 from deq.crossover import FORWARD, Crossover, Trace, crossing, draw, measure_traces, metrics_of, named
 from deq.errors import UserError
+from deq.report.compare import crossover_by_evaluations, crossover_by_seconds
+from deq.report.runs import Trace as ReportTrace
 from deq.solvers import Anderson, Broyden, Forward
 from deq.tutorial import TutorialAnderson, TutorialForward
 from tests.deq.test_training import trainer
@@ -50,14 +53,13 @@ def test_residuals_are_those_of_a_traced_solve_and_times_go_up() -> None:
 
 
 def test_the_time_of_an_evaluation_includes_the_update_that_follows_it() -> None:
-    """A solve whose f takes no time still takes the seconds of its updates, and all of them."""
-    import time
+    """f takes no time to speak of; the update takes 10 ms."""
 
-    def slow(z: Tensor, x: Tensor) -> Tensor:
-        time.sleep(0.01)
-        return cell(z, x)
+    class Slow(Forward):
+        def stop_at_mean(self, residual: Tensor, outcome: Tensor) -> None:
+            time.sleep(0.01)
 
-    (trace,) = measure_traces(slow, X, {FORWARD: Forward()}, max_iter=5, repeats=1)
+    (trace,) = measure_traces(cell, X, {FORWARD: Slow(stop="mean")}, max_iter=5, repeats=1)
     assert trace.seconds[-1] >= 0.05
     assert 0.01 <= trace.seconds_an_iteration < 0.03
 
@@ -68,6 +70,13 @@ def test_curves_cross_where_the_other_goes_below_for_good() -> None:
     other = curve([1.5, 2, 2.5, 3, 4], [1e-2, 1e-1, 1e-1, 1e-5, 1e-6])
     cross = crossing(forward, other)
     assert cross is not None
+    # The report, which reads files, finds the same one.
+    read = [
+        ReportTrace(t.solver, "", t.baseline, t.evaluations, t.seconds, t.residual_mean, [], [])
+        for t in (other, forward)
+    ]
+    assert crossover_by_seconds(*read) == cross
+    assert crossover_by_evaluations(*read) == crossing(forward, other, "evaluations")
     assert 2.5 < cross.x < 3
     log_forward = -math.log(10) * cross.x  # a straight line through the points above
     assert math.log(cross.residual) == pytest.approx(log_forward)

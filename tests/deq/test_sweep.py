@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from deq.errors import UserError
 from deq.sweep import jobs_of, resumed_arguments
 from tests.test_train import ENVIRONMENT, ROOT, TINY, train
 
@@ -49,15 +50,28 @@ def test_arms_that_share_no_knobs_have_grids_of_their_own_and_one_seed_runs_in_o
 
 
 def test_the_command_line_goes_before_the_grids() -> None:
-    assert jobs("seed=7", "window=3") == ["seed=7 solver=anderson window=3", "seed=7 solver=forward"]
+    assert jobs("seed=7", "window=3,4") == [
+        "seed=7 solver=anderson window=3",
+        "seed=7 solver=anderson window=4",
+        "seed=7 solver=forward",
+    ]
     assert jobs("solver=forward", "seed=0") == ["seed=0 solver=forward"]
+    # One value is for all grids, also for those that leave the knob at its default.
+    assert jobs("seed=7", "window=3") == ["seed=7 solver=anderson window=3", "seed=7 solver=forward window=3"]
+    ablation = [{"solver": "anderson"}, {"solver": "anderson", "compact": "true"}]
+    assert jobs("compact=true", grids=ablation) == ["solver=anderson compact=True"]
     # A solver that no grid has takes the place of theirs.
-    assert jobs("solver=broyden", "seed=0", "window=2") == ["seed=0 solver=broyden window=2", "seed=0 solver=broyden"]
+    assert jobs("solver=broyden", "seed=0", "window=2") == ["seed=0 solver=broyden window=2"]
     assert jobs("tol=1e-2,1e-3", "seed=0", "solver=forward") == [
         "seed=0 solver=forward tol=0.01",
         "seed=0 solver=forward tol=0.001",
     ]
     assert jobs("seed=3", grids=[], params={"seed": "0,1", "beta": "0.5,1"}) == ["beta=0.5 seed=3", "beta=1 seed=3"]
+
+
+def test_a_value_without_a_grid_where_others_have_one_is_refused() -> None:
+    with pytest.raises(HydraException, match="solver=broyden has no grid in this experiment"):
+        jobs("solver=forward,broyden")
 
 
 def test_an_interval_is_for_a_tuner() -> None:
@@ -66,6 +80,7 @@ def test_an_interval_is_for_a_tuner() -> None:
 
 
 EXPERIMENTS = {"window_beta": 24, "paper": 12, "paper_cpu": 9, "ablation": 24}
+TUTORIAL = {"tol": 1e-2, "max_iter": 25, "batch_size": 100, "epochs": 50}  # chapter 4's, beside m = 5 of its Anderson
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -84,13 +99,54 @@ def test_every_experiment_composes_in_all_its_jobs(experiment: str) -> None:
         assert "deq.solvers.Anderson" in solvers
 
 
+def test_the_papers_experiment_has_the_tutorials_settings() -> None:
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = hydra.compose("config", ["experiment=paper"], return_hydra_config=True)
+        grids: Any = OmegaConf.to_container(config.hydra.sweeper.grids)
+        for job in jobs_of(grids, {}, ["experiment=paper"], PARSER):
+            composed = hydra.compose("config", job)
+            assert {name: composed[name] for name in TUTORIAL} == TUTORIAL
+            if composed.solver._target_.endswith("TutorialAnderson"):
+                assert (composed.solver.window, composed.solver.beta, composed.solver.ridge) == (5, 1.0, 1e-4)
+
+
+def test_a_refused_sweep_leaves_no_folder_and_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+    run = train("-m", "solver=anderson,foo", *TINY, "hydra.sweep.dir=sweep", folder=tmp_path)
+    assert run.returncode == 2
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    run = train(*TINY, "hydra.run.dir=sweep", folder=tmp_path)
+    assert run.returncode == 2
+    assert "sweep holds a sweep; give another hydra.run.dir" in run.stderr
+
+
+def test_a_folder_that_another_process_is_at_is_refused(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "run").mkdir()
+    held = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    run = train(*TINY, "hydra.run.dir=run", folder=tmp_path)
+    os.close(held)
+    assert run.returncode == 2
+    assert "run is the folder of a run that another process is at" in run.stderr
+
+
 def test_resume_of_a_sweep_is_its_own_command_line_again(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text("{}")
     overrides = {"hydra": ["hydra.sweep.dir=elsewhere", "hydra.mode=MULTIRUN"], "task": ["window=2,5", "epochs=1"]}
     OmegaConf.save({"hydra": {"overrides": overrides}}, tmp_path / "multirun.yaml")
-    assert resumed_arguments([f"resume={tmp_path}", "logger=none"]) == [
-        "--multirun", "window=2,5", "epochs=1", "logger=none", f"hydra.sweep.dir={tmp_path}",
+    assert resumed_arguments(["-m", f"resume={tmp_path}"]) == [
+        "--multirun", "window=2,5", "epochs=1", f"hydra.sweep.dir={tmp_path}",
     ]  # fmt: skip
+    with pytest.raises(UserError, match=r"as it was begun; leave epochs=3 out"):
+        resumed_arguments([f"resume={tmp_path}", "epochs=3"])
+    strange = tmp_path / "a,b [1]"
+    strange.mkdir()
+    for name in ("sweep.json", "multirun.yaml"):
+        (strange / name).write_bytes((tmp_path / name).read_bytes())
+    (quoted,) = PARSER.parse_overrides(resumed_arguments([f"resume={strange}"])[-1:])
+    assert quoted.value() == str(strange)
     assert resumed_arguments(["resume=runs/one", "epochs=2"]) == ["resume=runs/one", "epochs=2"]
 
 
@@ -131,6 +187,13 @@ def test_a_killed_sweep_finishes_only_what_is_missing(tmp_path: Path) -> None:
     assert results[0]["test/accuracy"] == results[1]["test/accuracy"]
     assert results[0]["train/loss"] == results[1]["train/loss"]
 
+    # A summary that is not there, or not the last word, is no end.
+    (second / "summary.json").unlink()
+    repaired = train("resume=sweep", folder=tmp_path)
+    assert repaired.returncode == 0, repaired.stderr
+    assert repaired.stdout.count("is done already") == 3
+    assert (second / "summary.json").is_file()
+
     other = train("-m", "solver=anderson", "seed=5,6", *TINY, "hydra.sweep.dir=sweep", folder=tmp_path)
     assert other.returncode == 2
     assert "sweep holds a sweep of other jobs" in other.stderr
@@ -165,6 +228,12 @@ def test_tuning_without_optuna_says_how_to_install_it(tmp_path: Path) -> None:
 
 
 def test_an_objective_that_no_run_measures_is_refused_before_any_work(tmp_path: Path) -> None:
+    run = train("objective=speedup/solver", *TINY, "probe=null", folder=tmp_path)
+    assert run.returncode == 2
+    assert "objective=speedup/solver is measured by probe, which is null" in run.stderr
+    run = train("experiment=tune", "objective=test/accuracy", *TINY[1:], folder=tmp_path)
+    assert run.returncode == 2
+    assert "objective has 1 metrics and hydra.sweeper.direction 2" in run.stderr
     run = train("objective=[test/accuracy,test/acuracy]", *TINY, folder=tmp_path)
     assert run.returncode == 2
     assert "objective must be a metric or a list of such, got 'test/acuracy'; did you mean test/accuracy?" in run.stderr

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from benchmarks.problems import affine
 from deq import DEQ
 from deq.gradients import Implicit, JacobianFree
+from deq.interrupt import SignalWatch
 from deq.models import EquilibriumClassifier
 from deq.solvers import Anderson, Forward, Solver
 from deq.tutorial import TutorialAnderson, TutorialDEQ, TutorialForward, TutorialSolver
@@ -96,9 +97,20 @@ def test_a_classifier_with_a_solver_of_the_tutorial_has_its_layer_and_trains(sol
     summary = run.run()
     assert 0 < summary["train/loss"] < 3
     assert summary["solver/backward_evaluations"] > 1
-    # One evaluation more a sample than the solves took, twice recorded where there is a gradient.
-    evaluated = run.position.test_sample_evaluations
-    assert evaluated > 64
+    calls = []
+    hook = run.model.deq.cell.register_forward_hook(lambda module, given, result: calls.append(len(result)))
+    before = run.position.test_sample_evaluations
+    run._evaluate(SignalWatch())
+    hook.remove()
+    # One evaluation more a sample than the solves took.
+    assert run.position.test_sample_evaluations - before == sum(calls)
+
+
+def test_the_probe_holds_forward_iteration_of_the_tutorial_against_it(tmp_path: Path) -> None:
+    """Both stop at one residual of the whole batch; to bring every sample to tol takes longer."""
+    run = trainer(tmp_path, solver=TutorialForward(tol=1e-2, max_iter=60), epochs=1)
+    summary = run.run()
+    assert summary["speedup/evaluations"] == 1
 
 
 def test_what_the_tutorial_lacks_is_refused() -> None:

@@ -244,7 +244,7 @@ def _accuracy(comparison: Comparison, styles: dict[int, Style]) -> Drawn:
                 rules.append(_rule(100 * best.median, entry, styles[id(arm)].colour))
     caption = (
         "Line: median of the seeds at each evaluation, band: their range. Seconds of training steps alone, without "
-        "evaluation and loading."
+        "evaluation."
     )
     if marks:
         aim = "the target" if comparison.target is not None else "the baseline's best accuracy"

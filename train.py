@@ -103,7 +103,7 @@ def main(config: DictConfig) -> float | tuple[float, ...]:
         tags=tuple(str(choices[group]) for group in ("data", "model", "solver")),
         overrides=HydraConfig.get().overrides.task,
         counters=energy.counters,
-        resumed=resume is not None,
+        anew=resume is None,
     )
     trainer = Trainer(
         model,

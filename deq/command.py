@@ -224,14 +224,13 @@ def _check_objectives(config: DictConfig) -> None:
     objectives = [config.objective] if isinstance(config.objective, str) else config.objective
     if not isinstance(objectives, list | ListConfig) or not objectives:
         objectives = [objectives]
-    traced = ("speedup/mixing_penalty_s", "speedup/mixing_penalty", "speedup/crossover_residual")
     for name in objectives:
         if name not in metrics.NAMES:
             close = difflib.get_close_matches(str(name), metrics.NAMES, n=1)
             hint = f"did you mean {close[0]}?" if close else "deq/metrics.py lists them"
             raise UserError(f"objective must be a metric or a list of such, got {in_yaml(name)}; {hint}")
-        node = "crossover" if name in traced else "probe"
-        if str(name).startswith("speedup/") and config[node] is None:
+        node = {"speedup": "probe", "crossover": "crossover"}.get(str(name).partition("/")[0])
+        if node is not None and config[node] is None:
             raise UserError(f"objective={name} is measured by {node}, which is null; leave {node}=null out")
     wanted = HydraConfig.get().sweeper.get("direction") if HydraConfig.initialized() else None
     if isinstance(wanted, list | ListConfig) and len(wanted) != len(objectives):

@@ -284,11 +284,11 @@ def metrics_of(traces: Sequence[Trace], solver: Solver) -> dict[str, float]:
         return {}
     penalty = own.seconds_an_iteration - forward.seconds_an_iteration
     found = {
-        "speedup/mixing_penalty_s": penalty,
-        "speedup/mixing_penalty": penalty / forward.seconds_an_iteration,
+        "crossover/mixing_penalty_s": penalty,
+        "crossover/mixing_penalty": penalty / forward.seconds_an_iteration,
     }
     cross = crossing(forward, own)
-    return found if cross is None else found | {"speedup/crossover_residual": cross.residual}
+    return found if cross is None else found | {"crossover/residual": cross.residual}
 
 
 def save(folder: Path, traces: Sequence[Trace], about: Mapping[str, Any]) -> None:

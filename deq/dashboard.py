@@ -49,7 +49,7 @@ TRACES = {key: key.rpartition("_")[2] for key in metrics.CHARTS}
 MEASURED = frozenset(name for name in metrics.NAMES if name.endswith("_joules") or name == "energy/co2_grams")
 """Names that exist only where the machine has a counter of energy."""
 
-OPTIONAL = MEASURED | {"train/jacobian_penalty", "train/correction_loss", "speedup/crossover_residual"}
+OPTIONAL = MEASURED | {"train/jacobian_penalty", "train/correction_loss", "crossover/residual"}
 """Names that a run with the default configuration may lack: no counter, one loss alone, no crossing."""
 
 _RUNS_ASKED = 500  # newest runs whose names are asked for; with more, older ones can only add what all of these lack
@@ -208,9 +208,11 @@ SECTIONS = (
                 "relative residual",
                 log=True,
             ),
-            Panel("Mixing penalty", ("speedup/mixing_penalty",), "share of a forward iteration's seconds", kind="bar"),
-            Panel("Mixing penalty in seconds", ("speedup/mixing_penalty_s",), "seconds an iteration", kind="bar"),
-            Panel("Ahead in seconds below", ("speedup/crossover_residual",), "relative residual", kind="bar"),
+            Panel(
+                "Mixing penalty", ("crossover/mixing_penalty",), "share of a forward iteration's seconds", kind="bar"
+            ),
+            Panel("Mixing penalty in seconds", ("crossover/mixing_penalty_s",), "seconds an iteration", kind="bar"),
+            Panel("Ahead in seconds below", ("crossover/residual",), "relative residual", kind="bar"),
         ),
     ),
     Section(

@@ -146,7 +146,7 @@ class Display:
             table.add_row("speedup probe", _verdict(comparison))
             table.add_row("  forward iteration", _reading(comparison.forward))
             table.add_row("  this run's solver", _reading(comparison.solver))
-        if "speedup/mixing_penalty" in summary:
+        if "crossover/mixing_penalty" in summary:
             table.add_row("crossover", _crossover(summary))
         self._out.print()
         self._out.print(table)
@@ -156,9 +156,9 @@ class Display:
 
 
 def _crossover(summary: Mapping[str, float]) -> str:
-    penalty = f"mixing penalty {summary['speedup/mixing_penalty_s'] * 1e3:+.2g} ms an iteration"
-    share = f"({summary['speedup/mixing_penalty']:+.0%})"
-    at = summary.get("speedup/crossover_residual")
+    penalty = f"mixing penalty {summary['crossover/mixing_penalty_s'] * 1e3:+.2g} ms an iteration"
+    share = f"({summary['crossover/mixing_penalty']:+.0%})"
+    at = summary.get("crossover/residual")
     return f"{penalty} {share}" + ("" if at is None else f" · ahead below {at:.1e}")
 
 

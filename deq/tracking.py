@@ -93,7 +93,7 @@ class Tracker:
         warn: shows one sentence to the user.
         options: W&B's; mode ``disabled`` leaves the files alone.
         group, tags: of this run, for W&B.
-        resumed: whether the folder's rows, if there are any, are of the run that goes on.
+        anew: whether the folder's rows, if there are any, are of a run that nothing is left of.
         overrides: what the user set, KNOB=VALUE, for ``status.json``.
         counters: the energy counters that are read, for ``environment.json``.
 
@@ -112,7 +112,7 @@ class Tracker:
         tags: tuple[str, ...] = (),
         overrides: Sequence[str] = (),
         counters: Sequence[str] = (),
-        resumed: bool = False,
+        anew: bool = False,
     ) -> None:
         self.folder = folder
         self._status: dict[str, Any] = {"state": "running", "began": _now(), "ended": None, "error": None}
@@ -124,9 +124,9 @@ class Tracker:
         with room_for(folder):
             # Rows that are there stay until restore() has theirs: a run may go on in its own folder, or be refused.
             (folder / "metrics.jsonl").touch()
-            if not resumed:
+            if anew:
                 (folder / "metrics.jsonl").write_text("")  # of a run that was killed before its first checkpoint
-        if resumed:
+        if not anew:
             _set_aside(folder / "wandb")
         mode = _wanted_mode(options, warn)
         self._wandb = None

@@ -97,9 +97,9 @@ def test_the_penalty_is_the_extra_time_of_an_iteration() -> None:
     forward = curve([1, 2, 3, 4], [1e-1, 5e-2, 3e-2, 1e-2], FORWARD, baseline=True)
     own = curve([2, 3.5, 5, 6.5], [1e-1, 1e-2, 1e-3, 1e-4], named(Anderson(window=4)))
     metrics = metrics_of([forward, own], Anderson(window=4))
-    assert metrics["speedup/mixing_penalty_s"] == pytest.approx(0.5)
-    assert metrics["speedup/mixing_penalty"] == pytest.approx(0.5)
-    assert 1e-2 < metrics["speedup/crossover_residual"] < 1e-1
+    assert metrics["crossover/mixing_penalty_s"] == pytest.approx(0.5)
+    assert metrics["crossover/mixing_penalty"] == pytest.approx(0.5)
+    assert 1e-2 < metrics["crossover/residual"] < 1e-1
     assert metrics_of([forward, own], Forward()) == {}
 
 
@@ -125,7 +125,7 @@ def test_a_run_leaves_its_traces_and_its_picture(tmp_path: Path) -> None:
     assert [trace["solver"] for trace in content["traces"]] == [FORWARD, "Anderson m = 2", "Anderson m = 3"]
     assert content["batch"] == "32 test images"
     assert content["tol"] == 1e-2
-    assert "speedup/mixing_penalty" in summary
+    assert "crossover/mixing_penalty" in summary
     assert (tmp_path / crossover.PICTURE).read_bytes().startswith(b"\x89PNG")
 
 

@@ -160,9 +160,9 @@ def test_the_workspace_is_the_same_when_it_is_read_back() -> None:
     assert specification(ws.Workspace._from_model(view)) == spec
 
 
-def test_runs_are_grouped_by_solver_and_window_and_nothing_is_smoothed() -> None:
+def test_runs_are_grouped_by_solver_and_arm_and_nothing_is_smoothed() -> None:
     section = specification(dashboard.workspace("entity", "project"))["section"]
-    assert [key["name"] for key in section["runSets"][0]["grouping"]] == ["solver.value._target_", "window.value"]
+    assert [key["name"] for key in section["runSets"][0]["grouping"]] == ["solver.value._target_", "arm.value"]
     for settings in (
         section["settings"],
         *(each["localPanelSettings"] for each in section["panelBankConfig"]["sections"]),
@@ -172,7 +172,7 @@ def test_runs_are_grouped_by_solver_and_window_and_nothing_is_smoothed() -> None
 
 
 def test_sections_of_a_usual_run_have_one_page_without_a_hole() -> None:
-    usual = dashboard.default_names() | {"speedup/crossover_residual"}
+    usual = dashboard.default_names() | {"crossover/residual"}
     spec = specification(dashboard.workspace("entity", "project", usual))
     sections = spec["section"]["panelBankConfig"]["sections"]
     assert [section["name"] for section in sections] == [
@@ -271,7 +271,7 @@ def wandb_server(projects: dict[str, list[set[str]]]) -> Iterator[tuple[str, lis
 
     def run(number: int, names: set[str]) -> dict[str, Any]:
         keys = {"keys": {name: {} for name in names}, "lastStep": 4} if names else None
-        summary = json.dumps({"speedup/mixing_penalty": 0.1})
+        summary = json.dumps({"crossover/mixing_penalty": 0.1})
         user = {"name": "someone", "username": "someone"}
         about = {"id": str(number), "name": str(number), "displayName": "run", "state": "finished", "tags": []}
         return {**about, "user": user, "config": "{}", "summaryMetrics": summary, "historyKeys": keys}
@@ -341,7 +341,7 @@ def test_the_saved_workspace_has_the_panels_of_what_any_run_logged_and_no_projec
     (view,) = views
     assert (view["entityName"], view["projectName"], view["displayName"]) == ("someone", "mine", dashboard.NAME)
     in_histories = {"train/loss", "test/accuracy", "energy/gpu_joules"}
-    assert names_of(json.loads(view["spec"])) == in_histories | {"speedup/mixing_penalty"}
+    assert names_of(json.loads(view["spec"])) == in_histories | {"crossover/mixing_penalty"}
     empty, missing = told.stderr.splitlines()
     assert empty == (
         "error: no run of team/empty has logged anything that is on a panel; train with logger.project=empty"

@@ -348,8 +348,8 @@ def draw(traces: Sequence[Trace], tol: float | None = None, *, highlight: str | 
         if tol:
             ax.axhline(tol, color="0.45", linewidth=0.8, linestyle=":")
             ax.annotate(
-                f"tol {tol:g}", (1, tol), xycoords=("axes fraction", "data"), xytext=(-2, 3),
-                textcoords="offset points", fontsize="small", color="0.35", ha="right",
+                f"tol {tol:g}", (0, tol), xycoords=("axes fraction", "data"), xytext=(4, 3),
+                textcoords="offset points", fontsize="small", color="0.35", ha="left",
             )  # fmt: skip
         if forward is not None and own is not None:
             _mark_crossing(ax, forward, own, against, factor, unit)
@@ -451,4 +451,4 @@ def _mark_penalty(ax: Any, forward: Trace, own: Trace, scale: float) -> None:
         bbox=_BOX,
     )
     low, high = ax.get_ylim()
-    ax.set_ylim(min(low, y / 60), high)  # room for the words
+    ax.set_ylim(min(low, y / 15), high)  # room for the words

@@ -13,7 +13,7 @@ import wandb
 from omegaconf import OmegaConf
 
 from deq.errors import UserError
-from deq.tracking import Tracker, WandbOptions, environment
+from deq.tracking import Tracker, WandbOptions, environment, state_of
 
 OFF = WandbOptions(mode="disabled")
 
@@ -217,3 +217,37 @@ def test_environment_names_the_machine_and_the_versions() -> None:
     assert set(about) == {"code_version", "command", "machine"}
     assert about["machine"]["torch"]
     assert about["machine"]["cpu"]
+
+
+def test_a_run_that_goes_on_leaves_one_offline_run_to_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It logs the rows before it again, so that both would count in a group."""
+    monkeypatch.setattr(wandb, "login", lambda **_: False)
+    offline = WandbOptions(mode="offline")
+    first = tracker(tmp_path, offline)
+    first.log(1, 1, {"train/loss": 2.0})
+    first.finish({}, state="interrupted")
+    second = tracker(tmp_path, offline)
+    second.restore(first.rows)
+    second.finish({})
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
+    assert len(list(tmp_path.glob("wandb/superseded-offline-run-*"))) == 1
+    offline_run(tmp_path)
+
+
+def test_a_run_that_begins_anew_leaves_no_rows_of_one_that_was_killed(tmp_path: Path) -> None:
+    tracker(tmp_path).log(1, 1, {"train/loss": 2.0})
+    tracker(tmp_path, anew=True).log(1, 1, {"train/loss": 3.0})
+    assert [row["train/loss"] for row in rows(tmp_path)] == [3.0]
+
+
+def test_what_says_finished_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tracker(tmp_path)
+    run.status("running", 1, 2)
+
+    def full(path: Path, text: str) -> None:
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr("deq.tracking._write_text", full)
+    with pytest.raises(UserError):
+        run.finish({"test/accuracy": 0.5})
+    assert state_of(tmp_path) == "running"

@@ -18,6 +18,7 @@ from deq.display import Display
 from deq.errors import UserError
 from deq.gradients import Gradient, Implicit, JacobianFree
 from deq.interrupt import Interrupted
+from deq.machine import peak_resident_bytes, reset_peak_resident_bytes
 from deq.metrics import NAMES
 from deq.models import EquilibriumClassifier
 from deq.probe import SpeedupProbe
@@ -372,3 +373,16 @@ def test_half_precision_trains_as_fp32_does(precision: str, dtype: torch.dtype, 
     assert summary["test/accuracy"] == pytest.approx(reference["test/accuracy"], abs=0.1)
     assert summary["solver/forward_evaluations"] == pytest.approx(reference["solver/forward_evaluations"], rel=0.1)
     assert summary["solver/unconverged_fraction"] <= reference["solver/unconverged_fraction"] + 0.05
+
+
+def test_the_peak_of_memory_is_that_of_this_run_not_of_an_earlier_one_in_the_process() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        pytest.skip(f"this system does not reset the peak ({error})")
+    big = torch.ones(64 * 2**20)
+    reset_peak_resident_bytes()
+    with_it = peak_resident_bytes()
+    del big
+    reset_peak_resident_bytes()
+    assert peak_resident_bytes() < with_it - 200 * 2**20

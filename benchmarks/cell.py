@@ -10,7 +10,8 @@ The file holds the cell's weights (``cell.*``, float32) and ``injection``: what 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -51,22 +52,21 @@ def load_data(name: str, cache: str) -> tuple[ImageData, Sizes]:
     return image_folder(name, cache), {"channels": 48, "inner": 64, "pool": 8}
 
 
+def first_batches(batches: Batches, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """That many training batches, over as many epochs as they take."""
+    return itertools.islice((batch for epoch in itertools.count() for batch in batches.train(epoch)), steps)
+
+
 def train(model: EquilibriumClassifier, batches: Batches, steps: int, learning_rate: float) -> float:
     """Adam at a constant rate; returns the training accuracy of the last tenth of the steps."""
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     hits: list[float] = []
-    step = epoch = 0
-    while step < steps:
-        for images, labels in batches.train(epoch):
-            if step == steps:
-                break
-            logits = model(images)
-            optimizer.zero_grad(set_to_none=True)
-            functional.cross_entropy(logits, labels).backward()
-            optimizer.step()
-            hits.append((logits.argmax(dim=1) == labels).float().mean().item())
-            step += 1
-        epoch += 1
+    for images, labels in first_batches(batches, steps):
+        logits = model(images)
+        optimizer.zero_grad(set_to_none=True)
+        functional.cross_entropy(logits, labels).backward()
+        optimizer.step()
+        hits.append((logits.argmax(dim=1) == labels).float().mean().item())
     last = hits[-max(1, steps // 10) :]
     return sum(last) / len(last)
 

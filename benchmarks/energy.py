@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.cell import load_data
+from benchmarks.cell import first_batches, load_data
 from benchmarks.record import RESULTS, default_device, show_and_save, synchronize
 from deq.data import Batches
 from deq.energy import EnergyMeter, EnergyOptions, counters_of
@@ -51,23 +51,18 @@ def train(options: argparse.Namespace, meter: EnergyMeter, sums: Sums) -> tuple[
     ).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     taken: list[float] = []
-    epoch = 0
     with meter.measure("train"):
-        while len(taken) < options.steps:
-            for images, labels in batches.train(epoch):
-                if len(taken) == options.steps:
-                    break
-                synchronize(device)
-                start = time.perf_counter()
-                logits = model(images)
-                loss = functional.cross_entropy(logits, labels)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                synchronize(device)
-                taken.append(time.perf_counter() - start)
-                sums.add(loss, logits, labels, model.deq, solver)
-            epoch += 1
+        for images, labels in first_batches(batches, options.steps):
+            synchronize(device)
+            start = time.perf_counter()
+            logits = model(images)
+            loss = functional.cross_entropy(logits, labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            synchronize(device)
+            taken.append(time.perf_counter() - start)
+            sums.add(loss, logits, labels, model.deq, solver)
     return model, taken
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from benchmarks.cell import load_data
+from benchmarks.cell import first_batches, load_data
 from benchmarks.record import RESULTS, default_device, show_and_save, synchronize
 from deq.data import Batches
 from deq.gradients import Implicit
@@ -46,27 +46,22 @@ def measure(solver: Solver, cuda_graph: bool, options: argparse.Namespace) -> li
     forward: list[int] = []
     backward: list[int] = []
     met = {"forward": 0, "backward": 0}
-    epoch = 0
-    while len(seconds) < options.steps:
-        for images, labels in batches.train(epoch):
-            if len(seconds) == options.steps:
-                break
-            synchronize(device)
-            start = time.perf_counter()
-            loss = functional.cross_entropy(model(images), labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            synchronize(device)
-            seconds.append(time.perf_counter() - start)
-            solution, adjoint = model.deq.last_solution, model.deq.last_adjoint
-            assert solution is not None
-            assert adjoint is not None
-            forward.append(solution.evaluations)
-            backward.append(adjoint.evaluations)
-            met["forward"] += int(solution.residual.mean() <= solver.tol)
-            met["backward"] += int(adjoint.residual.mean() <= solver.tol)
-        epoch += 1
+    for images, labels in first_batches(batches, options.steps):
+        synchronize(device)
+        start = time.perf_counter()
+        loss = functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+        solution, adjoint = model.deq.last_solution, model.deq.last_adjoint
+        assert solution is not None
+        assert adjoint is not None
+        forward.append(solution.evaluations)
+        backward.append(adjoint.evaluations)
+        met["forward"] += int(solution.residual.mean() <= solver.tol)
+        met["backward"] += int(adjoint.residual.mean() <= solver.tol)
     model.eval()
     correct = 0
     with torch.no_grad():

@@ -103,7 +103,7 @@ def launch(task: Task, conf: Path) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except _ToldError as error:
-        _remove_if_empty(jobs[0].parent, beside=("multirun.yaml", "sweep.json"))
+        _remove_if_empty(jobs[0].parent, beside=(sweep.HYDRAS_OWN, sweep.FILE))
         _tell(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}")
         sys.exit(error.status)
     except Exception as error:

@@ -30,7 +30,7 @@ from deq.errors import UserError
 from deq.files import shown, write_atomically
 
 FILE = "sweep.json"
-_HYDRAS_OWN = "multirun.yaml"
+HYDRAS_OWN = "multirun.yaml"
 _PLUGIN = "deq_sweep"
 Grid = Mapping[str, str]
 """Knob -> values, as they would be typed: ``window: 2,5,10``."""
@@ -187,7 +187,7 @@ def _claim(folder: Path, jobs: list[list[str]], multirun: str) -> None:
             f"{shown(folder)} holds a sweep of other jobs; give another hydra.sweep.dir, or go on with that sweep: "
             f"python train.py resume={shown(folder)}"
         )
-    write_atomically(folder / _HYDRAS_OWN, lambda stream: stream.write(multirun.encode()))
+    write_atomically(folder / HYDRAS_OWN, lambda stream: stream.write(multirun.encode()))
     write_atomically(file, lambda stream: stream.write((json.dumps(content, indent=1) + "\n").encode()))
 
 
@@ -223,11 +223,11 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
             )
         if key == "resume" and (folder / FILE).is_file():
             try:
-                overrides = OmegaConf.load(folder / _HYDRAS_OWN).hydra.overrides
+                overrides = OmegaConf.load(folder / HYDRAS_OWN).hydra.overrides
                 before = [*overrides.hydra, *overrides.task]
             except Exception as error:  # of YAML, OmegaConf or the file system
                 raise UserError(
-                    f"resume={value}: {_HYDRAS_OWN} there cannot be read; start that sweep's command again with "
+                    f"resume={value}: {HYDRAS_OWN} there cannot be read; start that sweep's command again with "
                     f"hydra.sweep.dir={value}"
                 ) from error
             before = [one for one in before if not one.startswith(("hydra.sweep.dir=", "hydra.mode="))]

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from deq.errors import in_yaml
 from deq.files import shown
@@ -24,7 +24,7 @@ from deq.report.compare import (
 )
 from deq.report.runs import Run
 
-_IMAGES = {"cifar10": ("50,000", "10,000"), "digits": ("1,437", "360")}
+_IMAGES = {"cifar10": {"train": "50,000", "test": "10,000"}, "digits": {"train": "1,437", "test": "360"}}
 """Data set → its images to train on and to test on."""
 
 
@@ -355,7 +355,7 @@ def paper_table(comparison: Comparison) -> Table | None:
         ],
     ]
     ours = f"this sweep: {best.arm.label}, against “{baseline.label}”"
-    images = ", ".join(sorted({_training_images(one.arm) for one in comparison.arms}))
+    images = ", ".join(sorted({_images(one.arm, "train") for one in comparison.arms}))
     runs = [run for one in comparison.arms for run in one.arm.counted]
     steps = sorted({run.step for run in runs})
     epochs = sorted({run.evaluations[-1].epoch for run in runs if run.evaluations})
@@ -367,20 +367,13 @@ def paper_table(comparison: Comparison) -> Table | None:
     return Table("The paper's table", ["claim", "paper", ours], rows, note)
 
 
-def _training_images(arm: Arm) -> str:
-    size = arm.knobs.get("data.train_size")
+def _images(arm: Arm, split: Literal["train", "test"]) -> str:
+    """How many images of that split an arm took."""
+    size = arm.knobs.get(f"data.{split}_size")
     if size is not None:
         return f"{size:,}" if isinstance(size, int) else str(size)
     known = _IMAGES.get(str(arm.knobs.get("data")))
-    return f"all {known[0]}" if known else "all of the folder's"
-
-
-def _test_images(arm: Arm) -> str:
-    size = arm.knobs.get("data.test_size")
-    if size is not None:
-        return f"{size:,}" if isinstance(size, int) else str(size)
-    known = _IMAGES.get(str(arm.knobs.get("data")))
-    return f"all {known[1]}" if known else "all of the folder's"
+    return f"all {known[split]}" if known else "all of the folder's"
 
 
 def _span(values: Sequence[int]) -> str:
@@ -487,7 +480,7 @@ def conditions(comparison: Comparison) -> list[tuple[str, str]]:
         {
             f"{arm.knobs.get('data', 'not recorded')}"
             + (f" ({arm.knobs['data.root']})" if "data.root" in arm.knobs else "")
-            + f", {_training_images(arm)} training images, {_test_images(arm)} test images"
+            + f", {_images(arm, 'train')} training images, {_images(arm, 'test')} test images"
             for arm in arms
         }
     )

@@ -93,7 +93,6 @@ def compile_kernel(
             "ROWS": triton.next_power_of_2(window),
             "SCALED": True,
             "IN_PLACE": True,
-            "TINY": torch.finfo(torch.float64).tiny,
             "LARGEST": torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max,
         }
     of_state = {"x_ptr", "f_ptr", "out_ptr", "Y_ptr"}
@@ -116,7 +115,7 @@ def compile_kernel(
             }.get(name, accumulator)
             signature[name] = "*" + (state if name in of_state else rows if name == "G_ptr" else kind)
         else:
-            signature[name] = "fp64" if name in ("beta", "tol", "ridge") else "i32"
+            signature[name] = "fp64" if name in ("beta", "tol", "floor", "ridge") else "i32"
         # What the launcher finds at run time: allocations are aligned, rows of the history padded, and the dim may be
         # a multiple of 16.
         if name.endswith("_ptr") or name == "stride" or (name == "dim" and dim % 16 == 0):

@@ -28,8 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deq.solvers.base import FixedPointMap, Restrict, Solution, Solver
-from deq.solvers.scaling import power_of_two_norm
+from deq.solvers.base import Solution, Solver
+from deq.solvers.map import FixedPointMap, Restrict
+from deq.solvers.scaling import power_of_two_of_batch
+from kernels.tracing import refuse_transforms
 
 __all__ = ["Backward", "Gradient", "Implicit", "JacobianFree", "Phantom", "Unrolled", "Unrolling"]
 
@@ -92,9 +94,9 @@ class Implicit(Gradient):
     """The implicit function theorem: with J = df/dz at z*, the adjoint u solves ``u = J^T u + dL/dz*``.
 
     That is a fixed point too, solved by any solver with its own tolerance and cap. Cost: one recorded evaluation of
-    f, then one vector-Jacobian product an iteration; memory does not depend on the number of iterations. Each
-    sample's right side is scaled by a power of two to norm about 1 for the solve, which the linear equation does not
-    notice and which keeps gradients of any magnitude clear of underflow.
+    f, then one vector-Jacobian product an iteration; memory does not depend on the number of iterations. The right
+    side is scaled by a power of two for the solve, one for the whole batch, which the linear equation does not notice
+    and which keeps gradients of any magnitude clear of underflow.
 
     Args:
         solver: of the adjoint equation; default: the layer's own.
@@ -330,9 +332,11 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         _refuse_second_derivatives()
+        refuse_transforms("the backward solve of a DEQ layer", grads[0])
         f_star, z = ctx.saved_tensors
         layer: Backward = ctx.layer
-        scale = power_of_two_norm(grads[0])
+        # One for all samples: a factor for each would not pass J^T where samples see each other.
+        scale = power_of_two_of_batch(grads[0])
         right_side = grads[0] / scale
 
         recorded_again = 0

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from deq.gradients import adjoint_map, recorded
 from deq.solvers import Solution, Solver, captured
-from deq.solvers.base import FixedPointMap
 from deq.solvers.captured import CapturedSolve
+from deq.solvers.map import FixedPointMap
 from kernels.state import on_device
 
 MapOf = Callable[[Sequence[Tensor]], FixedPointMap]

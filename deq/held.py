@@ -1,8 +1,10 @@
-"""What stays the same through every evaluation of f in one solve: masks of dropout, and weights that are computed.
+"""What stays the same through every evaluation of f in one solve: masks of dropout, weights that are computed, and the
+running statistics of norms.
 
 A fixed point exists only where f is one map. A layer holds what its cell would otherwise draw or compute anew in each
 evaluation, from the solve's first evaluation to the last product of its backward pass. It is kept by that solve, not
-by the cell: two uses of one layer hold two sets, and nothing is left when the graph is gone.
+by the cell: two uses of one layer hold two sets, and nothing is left when the graph is gone. A call of a layer counts
+as one call of the norms in its cell: their running statistics move once, by those of the last evaluation, at z*.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ from functools import partial
 from typing import Literal, cast, get_args
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 
 Per = Literal["element", "channel"]
-Hold = Callable[[Tensor | None], AbstractContextManager[object]]
+Context = Callable[[Tensor | None], AbstractContextManager[object]]
 """Index of samples, (n,) int64 or None for all -> the context in which f is evaluated for these."""
 
 
@@ -165,7 +168,43 @@ def _stands_in(parametrizations: nn.ModuleDict, name: str, value: Tensor, index:
                 parametrizations[name] = stand_in.computed[0]
 
 
-def hold(cell: object, batch_size: int, *, cuda_graph: bool = False) -> Hold:
+class _RunningStatistics:
+    """The running statistics of one norm: after each evaluation as they were before the solve."""
+
+    def __init__(self, norm: _NormBase) -> None:
+        self._buffers = list(norm.buffers(recurse=False))
+        self._before = [buffer.clone() for buffer in self._buffers]
+        self._moved: list[Tensor] | None = None
+
+    @contextmanager
+    def held(self, index: Tensor | None) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._moved = [buffer.clone() for buffer in self._buffers]
+            self._put(self._before)
+
+    def commit(self) -> None:
+        if self._moved is not None:
+            self._put(self._moved)
+
+    def _put(self, values: list[Tensor]) -> None:
+        for buffer, value in zip(self._buffers, values, strict=True):
+            buffer.data.copy_(value)  # data: autograd keeps the buffers of an evaluation, and does not read them
+
+
+def statistics_over_the_batch(cell: object) -> str | None:
+    """The batch norm of a cell that takes its statistics from the batch, and so mixes samples: "norm is a BatchNorm1d".
+
+    None where there is none, or the cell is no module and cannot be looked into.
+    """
+    for name, module in cell.named_modules() if isinstance(cell, nn.Module) else ():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            return f"{name or 'module'} is a {type(module).__name__}"
+    return None
+
+
+def hold(cell: object, batch_size: int, *, cuda_graph: bool = False) -> Held:
     """Computes every parametrised weight of the cell, once, and makes room for its dropouts' masks.
 
     Weights are recorded by autograd where it is on, and serve evaluations with and without: all gradients meet in the
@@ -179,10 +218,11 @@ def hold(cell: object, batch_size: int, *, cuda_graph: bool = False) -> Hold:
     Raises:
         ValueError: if the cell is another map at every call and cannot be held: an ordinary dropout in training mode,
             the hook of ``torch.nn.utils.spectral_norm``, a VariationalDropout in a DEQ layer inside; with
-            ``cuda_graph`` also a VariationalDropout or a parametrisation that has a state (``spectral_norm``), all in
-            training mode.
+            ``cuda_graph`` also a VariationalDropout, a norm with running statistics or a parametrisation that has a
+            state (``spectral_norm``), all in training mode.
     """
-    contexts: list[Hold] = []
+    contexts: list[Context] = []
+    statistics: list[_RunningStatistics] = []
     for path, module in cell.named_modules() if isinstance(cell, nn.Module) else ():
         name = path or "module"
         if isinstance(module, _DropoutNd) and module.training and module.p > 0:
@@ -197,6 +237,14 @@ def hold(cell: object, batch_size: int, *, cuda_graph: bool = False) -> Hold:
                 f"a fixed point needs a cell that is the same map at every call, but the hook of spectral_norm on its "
                 f"{name} changes the weight at each: use torch.nn.utils.parametrizations.spectral_norm"
             )
+        if isinstance(module, _NormBase) and module.training and module.running_mean is not None:
+            if cuda_graph:
+                raise ValueError(
+                    f"cuda_graph=True cannot hold the running statistics of the cell's {name}, a "
+                    f"{type(module).__name__} in training mode: use cuda_graph=False"
+                )
+            statistics.append(_RunningStatistics(module))
+            contexts.append(statistics[-1].held)
         if isinstance(module, VariationalDropout) and module.training and module.p > 0:
             if cuda_graph:
                 raise ValueError(f"cuda_graph=True cannot draw the masks of the cell's {name}: use cuda_graph=False")
@@ -211,14 +259,26 @@ def hold(cell: object, batch_size: int, *, cuda_graph: bool = False) -> Hold:
                         f"cuda_graph=True computes the cell's {name}.{weight} in every evaluation, but its "
                         "parametrisation has a state that changes each time: use cuda_graph=False"
                     )
-    if not contexts:
-        return lambda index: nullcontext()
+    return Held(contexts, statistics)
+
+
+class Held:
+    """What one solve holds: called with an index of samples, or None, it is the context of an evaluation for these."""
+
+    def __init__(self, contexts: list[Context], statistics: list[_RunningStatistics]) -> None:
+        self._contexts, self._statistics = contexts, statistics
+
+    def __call__(self, index: Tensor | None) -> AbstractContextManager[object]:
+        return self._all(index) if self._contexts else nullcontext()
 
     @contextmanager
-    def held(index: Tensor | None) -> Iterator[None]:
+    def _all(self, index: Tensor | None) -> Iterator[None]:
         with ExitStack() as stack:
-            for context in contexts:
+            for context in self._contexts:
                 stack.enter_context(context(index))
             yield
 
-    return held
+    def commit(self) -> None:
+        """Moves running statistics by those of the evaluation before."""
+        for statistics in self._statistics:
+            statistics.commit()

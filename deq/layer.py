@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from deq.gradients import Backward, Gradient, Implicit, JacobianFree
 from deq.graphs import LayerGraphs
-from deq.held import hold
+from deq.held import hold, statistics_over_the_batch
 from deq.solvers import Anderson, Solution, Solver
-from deq.solvers.base import FixedPointMap, validate_start
-from deq.solvers.state import Nest, Packing, flatten, unflatten
+from deq.solvers.map import FixedPointMap
+from deq.solvers.state import Coordinates, Nest, Skeleton, flatten, matched, unflatten
+from kernels.tracing import refuse_tracing, runs_as_it_is
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,17 @@ class Equilibrium:
     """Iterates on the way, like z, with the gradient of one evaluation of f at each (``JacobianFree``)."""
     f: Callable[[Any], Any]
     """The map that was solved, x and all: its dropout masks and parametrised weights are those of the solve."""
+    aux: Any = None
+    """What a cell with ``aux=True`` returns beside the next state, at z."""
 
 
 class DEQ(nn.Module):
     """The deep equilibrium layer: z* with ``z* = cell(z*, x)``.
+
+    A row of z is a sample: what a solver stops by itself and gives weights of its own. Samples that see each other are
+    noticed when a solve ends, see :class:`~deq.solvers.Solver`; where they are known to, say ``coupled=True``. A batch
+    norm in the cell that takes its statistics from the batch says so by itself, and moves its running statistics once
+    a call, at z*.
 
     Args:
         cell: (z, x) -> z; z and x are tensors, (B, ...), of one shape unless ``z0`` is given, or nests of them: tuples,
@@ -54,6 +62,15 @@ class DEQ(nn.Module):
             cell reads besides z, x, its parameters and its buffers must be tensors that stay where they are in
             memory; hooks and other Python code in the cell run when it is recorded, and not again. At most
             ``graphs.capacity`` recordings are kept.
+        coupled: the samples see each other (nodes of a graph, attention over the batch): the batch is solved as one
+            system, forward and backward, with one residual, one set of weights and one end. A z of one dimension, a
+            single vector, always is.
+        shared: keys of x (places, where it is a tuple or list) whose tensors belong to all samples together: a solver
+            that compacts hands them on whole.
+        scale: sizes of the components of z, above 0, as :meth:`deq.solvers.Solver.solve` takes them; the adjoint's are
+            their inverses.
+        aux: the cell returns (z, anything): a call returns (z*, that), with what it is at z*. That is one more
+            evaluation, through which gradients pass.
 
     Attributes:
         last_solution: account of the last forward solve, None before the first.
@@ -98,8 +115,18 @@ class DEQ(nn.Module):
         gradient: Gradient | None = None,
         *,
         cuda_graph: bool = False,
+        coupled: bool = False,
+        shared: Collection[Any] = (),
+        scale: Any = None,
+        aux: bool = False,
     ) -> None:
         super().__init__()
+        if isinstance(shared, str):
+            raise ValueError(f"shared must be a collection of keys of x, got the string {shared!r}: give [{shared!r}]")
+        for name, value in (("coupled", coupled), ("aux", aux), ("cuda_graph", cuda_graph)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be true or false, got {value!r}")
+        self.coupled, self.shared, self.scale, self.aux = coupled, tuple(shared), scale, aux
         self.cell = cell
         self.solver = solver if solver is not None else Anderson()
         self.gradient = gradient if gradient is not None else Implicit()
@@ -107,6 +134,17 @@ class DEQ(nn.Module):
         self.last_solution: Solution[Any] | None = None
         self.last_adjoint: Solution[Any] | None = None
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise NotImplementedError(
+            "torch.jit.script cannot compile a DEQ layer, whose loop is Python: keep the layer eager, and compile its "
+            "cell, cell.compile()"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The accounts of the last call are the caller's data, and no part of the model.
+        return self.__dict__ | {"last_solution": None, "last_adjoint": None}
+
+    @runs_as_it_is
     def forward(self, x: Nest, z0: Nest | None = None) -> Any:
         """The fixed point, (B, ...), started from ``z0`` (zeros in the shape of x unless given).
 
@@ -115,10 +153,12 @@ class DEQ(nn.Module):
         one buffer.
 
         Raises:
-            ValueError: see :meth:`equilibrium`.
+            ValueError, NotImplementedError: see :meth:`equilibrium`.
         """
-        return self.equilibrium(x, z0).z
+        found = self.equilibrium(x, z0)
+        return (found.z, found.aux) if self.aux else found.z
 
+    @runs_as_it_is
     def equilibrium(self, x: Nest, z0: Nest | None = None, *, corrections: Collection[int] = ()) -> Equilibrium:
         """The fixed point with its map, and the iterates after the evaluations numbered in ``corrections``.
 
@@ -135,7 +175,10 @@ class DEQ(nn.Module):
                 devices; if the cell is another map at every call (a dropout in training mode, see
                 :func:`deq.held.hold`); if a solver compacts and the cell has a batch norm in training mode;
                 with ``cuda_graph``, if the state is not on a CUDA or ROCm device, a solver compacts, there is a DEQ
-                layer in the cell, or corrections are asked for; if a correction is never reached.
+                layer in the cell, or corrections are asked for; if a correction is never reached; if a solver compacts
+                and the samples are ``coupled``, or a tensor of x that is not ``shared`` has no row for each sample;
+                for a ``scale`` that is not above 0 or does not fit.
+            NotImplementedError: inside ``torch.func`` transforms, for dual numbers, and while the layer is traced.
 
         Example:
             >>> import torch
@@ -143,40 +186,53 @@ class DEQ(nn.Module):
             >>> [z.item() for z in layer.equilibrium(torch.ones(1, 1), corrections=(1, 3)).states]
             [1.0, 1.75]
         """
+        if _is_traced(x):
+            refuse_tracing("a DEQ layer", x)
         inputs, x_skeleton = flatten(x, "x")
+        starts, skeleton = (inputs, x_skeleton) if z0 is None else flatten(z0, "z0")
+        refuse_tracing("a DEQ layer", *inputs, *starts)
         device_type = inputs[0].device.type
         autocast = torch.is_autocast_enabled(device_type)
         autocast_dtype = torch.get_autocast_dtype(device_type)
         if z0 is None:
-            starts, skeleton = [torch.zeros_like(tensor) for tensor in inputs], x_skeleton
-        else:
-            starts, skeleton = flatten(z0, "z0")
+            starts = [torch.zeros_like(tensor) for tensor in inputs]
         if autocast:
             starts = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in starts]
-        # From here on a state is one tensor.
-        packing = None if isinstance(skeleton, int) else Packing(unflatten(skeleton, starts))
-        start = starts[0] if packing is None else packing.pack(unflatten(skeleton, starts))
+        # From here on a state is one tensor, with a row for each system to solve.
+        compacts = self._compacts()
+        coupled = self.coupled or statistics_over_the_batch(self.cell) is not None
+        z0 = unflatten(skeleton, starts)
+        coordinates = Coordinates(z0, coupled=coupled, scale=self.scale, compact=compacts)
+        start = coordinates.pack(z0)
+        shared = self._shared(x_skeleton)
+        if compacts:
+            self._refuse_rows_that_are_no_samples(x, x_skeleton, shared, coordinates.batch_size)
+        held = hold(self.cell, coordinates.batch_size, cuda_graph=self.cuda_graph)
 
-        validate_start(start)
-        held = hold(self.cell, len(start), cuda_graph=self.cuda_graph)
+        def cell_at(z: Any, x: Any, index: Tensor | None = None) -> Any:
+            if not autocast:
+                with held(index):
+                    return self.cell(z, x)
+            # Named again, since the backward solve may call this where autocast is off. A recording must not read a
+            # weight that autocast has cast before.
+            with torch.autocast(device_type, dtype=autocast_dtype, cache_enabled=cache_enabled), held(index):
+                return self.cell(z, x)
 
         def map_of(inputs: Sequence[Tensor], index: Tensor | None = None) -> FixedPointMap:
             x = unflatten(x_skeleton, inputs)
 
             def f(z: Any) -> Any:
-                if not autocast:
-                    with held(index):
-                        return self.cell(z, x)
-                # Named again, since the backward solve may call this where autocast is off. A recording must not read
-                # a weight that autocast has cast before.
-                with torch.autocast(device_type, dtype=autocast_dtype, cache_enabled=cache_enabled), held(index):
-                    return self.cell(z, x).to(z.dtype) if packing is None else self.cell(z, x)
+                return _without_aux(cell_at(z, x, index)) if self.aux else cell_at(z, x, index)
 
-            return f if packing is None else packing.flat_map(f, cast=autocast)
+            return coordinates.flat_map(f, cast=autocast)
+
+        if isinstance(self.cell, nn.Module) and any(map(is_lazy, self.cell.parameters())):
+            with torch.no_grad():  # gives the parameters their shapes, before anything is kept of them
+                cell_at(z0, x)
 
         cache_enabled = torch.is_autocast_cache_enabled() and not self.cuda_graph
         # All that a recording depends on besides the shapes and the cell.
-        mode = (autocast_dtype if autocast else None, repr(x_skeleton), repr(packing))
+        mode = (autocast_dtype if autocast else None, repr(x_skeleton), repr(coordinates))
         recorded_with = self._versions(inputs)
 
         def refuse_changes() -> None:
@@ -189,22 +245,15 @@ class DEQ(nn.Module):
 
         def restrict(index: Tensor) -> FixedPointMap:
             refuse_changes()
-            return map_of([tensor.detach()[index] for tensor in inputs], index)
+            parts = [t.detach() if number in shared else t.detach()[index] for number, t in enumerate(inputs)]
+            return map_of(parts, index)
 
         def solve_adjoint(solver: Solver, z: Tensor, right_side: Tensor) -> Solution:
             refuse_changes()
             return self.graphs.solve_adjoint(solver, map_of, self.cell, inputs, z, right_side, mode)
 
-        def unpacked(flat: Tensor) -> Any:
-            return flat if packing is None else packing.unpack(flat)
-
-        def account(solution: Solution) -> Solution[Any]:
-            return replace(solution, z=unpacked(solution.z))
-
         f = map_of(inputs)
-        # For the caller: of nests, where the state is one.
-        f_of_states = f if packing is None else (lambda z: packing.unpack(f(packing.pack(z))))
-        given = restrict if self._compacts() else None
+        given = restrict if compacts else None
         if self.cuda_graph:
             if corrections:
                 raise ValueError(
@@ -217,23 +266,31 @@ class DEQ(nn.Module):
             solution = self.solver.solve(f, start, restrict=given, states_at=corrections)
         # The states belong to the caller: an account is kept until the next call.
         states, solution = solution.states, replace(solution, states=())
-        found = self.last_solution = account(solution)
+        found = self.last_solution = coordinates.account(solution)
         self.last_adjoint = None
+
+        def f_of_states(z: Any) -> Any:
+            return coordinates.unpack(f(coordinates.pack(z)))
+
+        def equilibrium(z_star: Any, states: Iterable[Tensor]) -> Equilibrium:
+            aux = _aux(cell_at(z_star, x)) if self.aux else None
+            held.commit()
+            return Equilibrium(z_star, tuple(map(coordinates.unpack, states)), f_of_states, aux)
+
         if not torch.is_grad_enabled():
             # A copy, as with a gradient: what is returned is the caller's to write to, the account is not.
-            return Equilibrium(unpacked(solution.z.clone()), tuple(map(unpacked, states)), f_of_states)
+            return equilibrium(coordinates.unpack(solution.z.clone()), states)
 
         def record(adjoint: Solution) -> None:
             # A layer used twice in one graph keeps the accounts of its last use, both of them.
             if self.last_solution is found:
-                self.last_adjoint = account(adjoint)
+                self.last_adjoint = coordinates.account(adjoint)
 
         replayed = solve_adjoint if self.cuda_graph else None
         backward = Backward(self.solver, record, given, replayed)
         z = self.gradient.attach(f, solution.z, backward)
-        on_the_way = (JacobianFree().attach(f, state, backward) for state in states)
-        z_star = z if packing is None else packing.release(z)
-        return Equilibrium(z_star, tuple(map(unpacked, on_the_way)), f_of_states)
+        on_the_way = [JacobianFree().attach(f, state, backward) for state in states]
+        return equilibrium(coordinates.release(z), on_the_way)
 
     def _versions(self, inputs: Sequence[Tensor]) -> list[tuple[int, int]]:
         """What tells whether tensors are the same and unchanged (inference tensors count nothing: left out)."""
@@ -253,13 +310,65 @@ class DEQ(nn.Module):
         adjoint = self.gradient.solver if isinstance(self.gradient, Implicit) else None
         if not (self.solver.compact or (adjoint is not None and adjoint.compact)):
             return False
-        for name, module in self.cell.named_modules() if isinstance(self.cell, nn.Module) else ():
-            if isinstance(module, _BatchNorm) and (module.training or not module.track_running_stats):
-                raise ValueError(
-                    f"compact=True needs a cell that treats samples independently, but its {name or 'module'} is a "
-                    f"{type(module).__name__} in training mode, which mixes them: use compact=False or a GroupNorm"
-                )
+        mixing = statistics_over_the_batch(self.cell)
+        if mixing is not None:
+            raise ValueError(
+                f"compact=True needs a cell that treats samples independently, but its {mixing} in training mode, "
+                "which mixes them: use compact=False or a GroupNorm"
+            )
         return True
+
+    def _shared(self, x_skeleton: Skeleton) -> set[int]:
+        """The numbers of the tensors of x that belong to all samples."""
+        numbers: set[int] = set()
+        for key in self.shared:
+            if isinstance(x_skeleton, int):
+                raise ValueError(f"shared={list(self.shared)} names parts of x, but x is one tensor: leave it out")
+            try:
+                part = x_skeleton[key]
+            except (LookupError, TypeError):
+                names = [*x_skeleton] if isinstance(x_skeleton, Mapping) else f"places 0 to {len(x_skeleton) - 1}"
+                raise ValueError(f"shared names {key!r}, which x does not have: it has {names}") from None
+            numbers.update(_numbers(part))
+        return numbers
+
+    def _refuse_rows_that_are_no_samples(
+        self, x: Nest, x_skeleton: Skeleton, shared: set[int], batch_size: int
+    ) -> None:
+        for number, (path, tensor) in enumerate(matched(x, x_skeleton, "x")):
+            if number not in shared and (tensor.ndim == 0 or len(tensor) != batch_size):
+                raise ValueError(
+                    f"compact=True leaves samples out of x, but {path} is {tuple(tensor.shape)}, and has no row for "
+                    f"each of the {batch_size} samples: name its key in DEQ(..., shared=[...]) if it belongs to all "
+                    "of them, or use compact=False"
+                )
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, gradient={self.gradient}"
+
+
+def _is_traced(x: object) -> bool:
+    """Whether torch.fx stands something else in the place of a tensor."""
+    return isinstance(x, torch.fx.Proxy)
+
+
+def _numbers(skeleton: Skeleton) -> list[int]:
+    """Of the tensors in a part of a nest."""
+    if isinstance(skeleton, int):
+        return [skeleton]
+    return [
+        number for part in (skeleton.values() if isinstance(skeleton, dict) else skeleton) for number in _numbers(part)
+    ]
+
+
+def _without_aux(returned: Any) -> Any:
+    """The state of a cell that returns (z, aux)."""
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        got = f"a tuple of {len(returned)}" if isinstance(returned, tuple) else type(returned).__name__
+        raise ValueError(f"aux=True needs a cell that returns the tuple (z, aux), but it returned {got}")
+    return returned[0]
+
+
+def _aux(returned: Any) -> Any:
+    _without_aux(returned)
+    return returned[1]

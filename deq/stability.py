@@ -7,15 +7,16 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deq.gradients import adjoint_map, recorded
 from deq.held import VariationalDropout
-from deq.solvers.base import FixedPointMap, State
-from deq.solvers.state import Packing
+from deq.solvers.base import State
+from deq.solvers.map import FixedPointMap
+from deq.solvers.state import Coordinates
 from kernels.state import accumulator_dtype
 
 __all__ = [
@@ -44,7 +45,7 @@ def jacobian_penalty(
     Cost: an evaluation of f and ``probes`` products J^T v; in ``backward`` about as much again.
 
     Args:
-        f: (B, ...) -> (B, ...), samples independent; see ``DEQ.equilibrium`` for that of a layer. Nests likewise.
+        f: (B, ...) -> (B, ...); see ``DEQ.equilibrium`` for that of a layer. Nests likewise.
         z: (B, ...) floating point, where J is taken: the fixed point.
         probes: vectors v, at least 1.
         generator: draws the signs; default: the global one of z's device.
@@ -65,7 +66,7 @@ def jacobian_penalty(
     """
     _check_count("probes", probes)
     with torch.enable_grad(), _uncompiled():
-        f_flat, flat = _of_tensors(f, z)
+        f_flat, flat, _ = _of_tensors(f, z)
         flat = flat.detach().requires_grad_()
         f_z = f_flat(flat)
         total = torch.zeros((), dtype=accumulator_dtype(flat.dtype), device=flat.device)
@@ -96,7 +97,12 @@ class SpectralRadius(NamedTuple):
 
 
 def spectral_radius(
-    f: Callable[[State], State], z: State, steps: int = 100, tol: float = 1e-3, generator: torch.Generator | None = None
+    f: Callable[[State], State],
+    z: State,
+    steps: int = 100,
+    tol: float = 1e-3,
+    generator: torch.Generator | None = None,
+    coupled: bool = False,
 ) -> SpectralRadius:
     """The spectral radius of J = df/dz at z, per sample, by power iteration on a block of two vectors.
 
@@ -111,18 +117,19 @@ def spectral_radius(
     of two finds none of them, but how fast vectors grow tells their modulus: such a sample gets that, within the
     inverse of the number of steps, and is marked as not converged.
 
-    Cost: an evaluation of f and two products with J^T a step. Nothing is differentiable. For a look now and then: the
-    stopping test waits for the device in every step.
+    Cost: an evaluation of f, one product with J^T, and two a step. Nothing is differentiable. For a look now and then:
+    the stopping test waits for the device in every step.
 
     Args:
-        f: (B, ...) -> (B, ...), samples independent; see ``DEQ.equilibrium`` for that of a layer. Nests likewise.
+        f: (B, ...) -> (B, ...); see ``DEQ.equilibrium`` for that of a layer. Nests likewise.
         z: (B, ...) floating point, where J is taken.
         steps: at most this many, at least 1.
         tol: relative, see above; ends the iteration when every sample is there.
         generator: draws the first block; default: the global one of z's device.
+        coupled: samples see each other: the radius is that of the Jacobian of the whole batch, the same for each.
 
     Raises:
-        ValueError: if ``steps`` is below 1 or ``tol`` negative.
+        ValueError: if ``steps`` is below 1 or ``tol`` negative; if samples see each other without ``coupled``.
 
     Source: Stewart 1976, *Simultaneous iteration for computing invariant subspaces of non-Hermitian matrices*; the
     radius as a measure of a DEQ's stability: Bai, Koltun & Kolter 2021.
@@ -137,15 +144,16 @@ def spectral_radius(
     if not tol >= 0:
         raise ValueError(f"tol must be at least 0, got {tol} (relative: 1e-3 is usual)")
     with _uncompiled():
-        f_flat, flat = _of_tensors(f, z)
+        f_flat, flat, samples = _of_tensors(f, z, coupled)
         flat = flat.detach().requires_grad_()
         f_z = recorded(f_flat, flat)
     dtype = accumulator_dtype(flat.dtype)
     batch_size, d = len(flat), flat[0].numel()
     if not f_z.requires_grad:  # f is a constant
-        zeros = torch.zeros(batch_size, dtype=dtype, device=flat.device)
+        zeros = torch.zeros(samples, dtype=dtype, device=flat.device)
         return SpectralRadius(zeros, zeros == 0, 0)
     transposed = adjoint_map(f_z, flat, torch.zeros_like(flat))
+    _refuse_coupled_samples(transposed, flat)
     growth: list[Tensor] = []
     with torch.no_grad():
         AQ = torch.randn(batch_size, d, min(2, d), dtype=dtype, device=flat.device, generator=generator)
@@ -168,7 +176,19 @@ def spectral_radius(
             if bool((converged | ~finite).all()):
                 break
         grown = torch.stack(growth[len(growth) // 2 :]).log().mean(dim=0).exp()
-    return SpectralRadius(torch.where(converged, radius, torch.where(finite, grown, torch.nan)), converged, len(growth))
+    radius = torch.where(converged, radius, torch.where(finite, grown, torch.nan))
+    return SpectralRadius(radius.expand(samples), converged.expand(samples), len(growth))
+
+
+def _refuse_coupled_samples(transposed: FixedPointMap, flat: Tensor) -> None:
+    """Raises ValueError where a product with rows of every second sample reaches the others."""
+    others = torch.arange(len(flat), device=flat.device) % 2 == 1
+    probe = torch.ones_like(flat)
+    probe[others] = 0
+    with torch.no_grad():
+        reached = transposed(probe)[others]
+    if bool((reached.isfinite() & (reached != 0)).any()):
+        raise ValueError("the samples of z see each other, so that none has a radius of its own: use coupled=True")
 
 
 def correction_loss(loss: Callable[[Tensor], Tensor], states: Sequence[Tensor], gamma: float = 0.8) -> Tensor:
@@ -249,12 +269,10 @@ class StabilityLosses:
         return self.jacobian_probability == 1 or float(torch.rand(())) < self.jacobian_probability
 
 
-def _of_tensors(f: Callable[[State], State], z: State) -> tuple[FixedPointMap, Tensor]:
-    """f and z of one tensor, where they are of nests."""
-    if isinstance(z, Tensor):
-        return cast(FixedPointMap, f), z
-    packing = Packing(z)
-    return packing.flat_map(f), packing.pack(z)
+def _of_tensors(f: Callable[[State], State], z: State, coupled: bool = False) -> tuple[FixedPointMap, Tensor, int]:
+    """f and z of one tensor, with a row for each system, and the number of samples."""
+    coordinates = Coordinates(z, coupled=coupled, name="z")
+    return coordinates.flat_map(f), coordinates.pack(z), coordinates.batch_size
 
 
 def _check_gamma(name: str, value: Any) -> None:

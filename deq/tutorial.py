@@ -24,7 +24,8 @@ from torch import Tensor
 from deq.gradients import Implicit, adjoint_map, recorded
 from deq.layer import DEQ, Equilibrium
 from deq.solvers import Outcome, Solution, Solver
-from deq.solvers.base import FixedPointMap, Iteration, Restrict
+from deq.solvers.base import Iteration
+from deq.solvers.map import FixedPointMap, Restrict
 from deq.solvers.state import Nest
 from kernels import residual_norm
 

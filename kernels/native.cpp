@@ -26,7 +26,7 @@ constexpr int64_t BLOCK = 2048;        // elements whose residual stays in the L
 constexpr int64_t PIECE = 16 * BLOCK;  // elements of one unit of work where there are fewer samples than threads
 constexpr int64_t MAX_WINDOW = 64;
 constexpr uint8_t CONVERGED = 1, NON_FINITE = 2, DIVERGED = 3;  // kernels.state.Outcome
-enum { PREDICTED, RELAXATION, LOWEST, STALLED, HELD, CARRIED };              // kernels.state.Carried, and their number
+enum { PREDICTED, RELAXATION, LOWEST, STALLED, HELD, SIZE, CARRIED };        // kernels.state.Carried, and their number
 constexpr int64_t CACHED = 64 << 20;   // bytes of history that caches may hold: above those of a desktop processor
 
 }  // namespace
@@ -38,7 +38,7 @@ extern "C" {
 // the next. row_bytes: of an element of G.
 struct Window {
     int64_t batch, window, dim, stride, scaled, adaptive, patience, row_bytes;
-    double beta, tol, ridge;
+    double beta, tol, floor, ridge;
     double progress, far, relaxation_far, relaxation_near, near, smallest_relaxation, largest_relaxation, unpredicted,
         drop_far, drop_near, promise, stall, blow;
     void *G, *Y, *H, *row_residual, *weights, *residual, *outcome, *iterations, *tally, *carried;
@@ -259,11 +259,11 @@ void push(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled, 
     if (large) streamed();
 }
 
-// ||g|| / ||f|| from the squares: the largest number where only f is zero, NaN where either is not finite.
+// ||g|| / (||f|| + floor) from the squares: the largest number where only f is zero, NaN where either is not finite.
 template <typename T>
-T relative(double g_squared, double f_squared) {
+T relative(double g_squared, double f_squared, double floor) {
     if (!std::isfinite(g_squared) || !std::isfinite(f_squared)) return std::numeric_limits<T>::quiet_NaN();
-    const double ratio = std::sqrt(g_squared) / (std::sqrt(f_squared) + std::numeric_limits<double>::min());
+    const double ratio = std::sqrt(g_squared) / (std::sqrt(f_squared) + floor);
     return static_cast<T>(std::min(ratio, static_cast<double>(std::numeric_limits<T>::max())));
 }
 
@@ -304,7 +304,7 @@ template <typename T, typename R>
 bool finish(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled, const double* sums, double* factor) {
     const int64_t m = w.window, steps = *s.iterations;
     for (int64_t i = 0; i < filled; ++i) s.H[slot * m + i] = s.H[i * m + slot] = sums[i];
-    const T rounded = relative<T>(sums[slot], sums[m]), infinity = std::numeric_limits<T>::infinity();
+    const T rounded = relative<T>(sums[slot], sums[m], w.floor), infinity = std::numeric_limits<T>::infinity();
     const double residual = rounded;
     const bool finite = std::isfinite(residual);
     *s.residual = rounded;
@@ -312,10 +312,12 @@ bool finish(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled
     s.row_residual[slot] = finite ? rounded : infinity;
     double* const carried = s.carried + CARRIED * (steps % 2);
     double predicted = carried[PREDICTED], relaxation = carried[RELAXATION], lowest = carried[LOWEST],
-           stalled = carried[STALLED];
+           stalled = carried[STALLED], size_then = carried[SIZE];
 
+    const double size = finite ? std::sqrt(sums[slot]) : std::numeric_limits<double>::infinity();
     if (residual < w.progress * lowest) {
         lowest = residual;
+        size_then = size;
         stalled = 0.0;
     } else {
         stalled += 1.0;
@@ -377,12 +379,14 @@ bool finish(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled
     next[LOWEST] = lowest;
     next[STALLED] = stalled;
     next[HELD] = held;
+    next[SIZE] = size_then;
     const bool recovers = before < filled && valid[before];
     if (rounded <= static_cast<T>(w.tol))
         *s.outcome = CONVERGED;
     else if (!finite && !recovers)
         *s.outcome = NON_FINITE;
-    else if (w.patience > 0 && stalled >= static_cast<double>(w.patience) && lowest > w.far)
+    else if (w.patience > 0 && stalled >= static_cast<double>(w.patience) && lowest > w.far &&
+             !(size < w.progress * size_then))
         *s.outcome = DIVERGED;
     s.tally[1] += !solved && *s.outcome == 0;
     return *s.outcome == 0;
@@ -495,9 +499,10 @@ void step(const Window& w, const void* x, const void* f, void* out, const int64_
     }
 }
 
-// residual[b] = ||f - x|| / ||f||.
+// residual[b] = ||f - x|| / (||f|| + floor), size[b] = ||f - x||.
 template <typename T>
-void residual_norm(int64_t batch, int64_t dim, const T* x, const T* f, T* residual, int threads) {
+void residual_norm(int64_t batch, int64_t dim, const T* x, const T* f, double floor, T* residual, double* size,
+                   int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && batch > 1)
     for (int64_t b = 0; b < batch; ++b) {
         double g_squared = 0.0, f_squared = 0.0;
@@ -515,7 +520,8 @@ void residual_norm(int64_t batch, int64_t dim, const T* x, const T* f, T* residu
             g_squared += gg;
             f_squared += ff;
         }
-        residual[b] = relative<T>(g_squared, f_squared);
+        residual[b] = relative<T>(g_squared, f_squared, floor);
+        size[b] = std::sqrt(g_squared);
     }
 }
 
@@ -537,13 +543,14 @@ void anderson_step_double(const Window* w, const void* x, const void* f, void* o
     step<double, double>(*w, x, f, out, index, count, threads);
 }
 
-void residual_norm_float(int64_t batch, int64_t dim, const float* x, const float* f, float* residual, int32_t threads) {
-    residual_norm(batch, dim, x, f, residual, threads);
+void residual_norm_float(int64_t batch, int64_t dim, const float* x, const float* f, double floor, float* residual,
+                         double* size, int32_t threads) {
+    residual_norm(batch, dim, x, f, floor, residual, size, threads);
 }
 
-void residual_norm_double(int64_t batch, int64_t dim, const double* x, const double* f, double* residual,
-                          int32_t threads) {
-    residual_norm(batch, dim, x, f, residual, threads);
+void residual_norm_double(int64_t batch, int64_t dim, const double* x, const double* f, double floor, double* residual,
+                          double* size, int32_t threads) {
+    residual_norm(batch, dim, x, f, floor, residual, size, threads);
 }
 
 }  // extern "C"

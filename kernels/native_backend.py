@@ -56,7 +56,7 @@ class _Window(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "window", "dim", "stride")),
         *((name, ctypes.c_int64) for name in ("scaled", "adaptive", "patience", "row_bytes")),
-        *((name, ctypes.c_double) for name in ("beta", "tol", "ridge")),
+        *((name, ctypes.c_double) for name in ("beta", "tol", "floor", "ridge")),
         ("rules", ctypes.c_double * len(_RULES)),
         *((name, ctypes.c_void_p) for name in _TENSORS),
     )
@@ -84,7 +84,7 @@ class NativeBackend:
             self._window = _Window(
                 *(batch_size, window, dim, state.stride),
                 *(int(state.scaled), int(state.adaptive), state.patience, state.G.element_size()),
-                *(state.beta, state.tol, state.ridge),
+                *(state.beta, state.tol, state.floor, state.ridge),
                 (ctypes.c_double * len(_RULES))(*(getattr(rules, name) for name in _RULES)),
                 *(getattr(state, name).data_ptr() for name in _TENSORS),
             )
@@ -99,18 +99,20 @@ class NativeBackend:
             ctypes.c_int32(torch.get_num_threads()),
         )
 
-    def residual_norm(self, x: Tensor, fx: Tensor) -> Tensor:
-        residual = x.new_empty(x.shape[0])
+    def residual_norm(self, x: Tensor, fx: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+        residual, size = x.new_empty(x.shape[0]), x.new_empty(x.shape[0], dtype=torch.float64)
         function = getattr(self._library, f"residual_norm_{_SUFFIX[x.dtype]}")
         function(
             ctypes.c_int64(x.shape[0]),
             ctypes.c_int64(x.shape[1]),
             ctypes.c_void_p(x.data_ptr()),
             ctypes.c_void_p(fx.data_ptr()),
+            ctypes.c_double(floor),
             ctypes.c_void_p(residual.data_ptr()),
+            ctypes.c_void_p(size.data_ptr()),
             ctypes.c_int32(torch.get_num_threads()),
         )
-        return residual
+        return residual, size
 
 
 def obstacle(dtype: torch.dtype) -> str:

@@ -22,11 +22,15 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def residual_of_norms(g_norm: Tensor, f_norm: Tensor, dtype: torch.dtype) -> Tensor:
-    """``||g|| / ||f||``, (B,) in ``dtype``, from float64 norms: 0 where both are 0, the largest number of ``dtype``
-    where only f is (a large residual, and no failure), NaN where either is not finite.
+SMALLEST_FLOOR = torch.finfo(torch.float64).tiny
+"""What is added to ||f|| in any relative residual, so that 0 / 0 is 0."""
+
+
+def residual_of_norms(g_norm: Tensor, f_norm: Tensor, dtype: torch.dtype, floor: float = SMALLEST_FLOOR) -> Tensor:
+    """``||g|| / (||f|| + floor)``, (B,) in ``dtype``, from float64 norms: 0 where both are 0, the largest number of
+    ``dtype`` where only f is (a large residual, and no failure), NaN where either is not finite.
     """
-    ratio = g_norm / (f_norm + torch.finfo(torch.float64).tiny)
+    ratio = g_norm / (f_norm + floor)
     finite = torch.isfinite(g_norm) & torch.isfinite(f_norm)
     return torch.where(finite, ratio.clamp(max=torch.finfo(dtype).max), torch.nan).to(dtype)
 
@@ -51,9 +55,10 @@ class Outcome(IntEnum):
     """f was NaN or infinite: twice in a row, or at the first time with nothing to step back to (always so for solvers
     other than Anderson's)."""
     DIVERGED = 3
-    """Given up: its relative residual was above :data:`FAR` and did not fall by a twentieth in ``patience`` steps."""
+    """Given up: its relative residual was above :data:`FAR` and did not fall by a twentieth in ``patience`` steps, nor
+    did ||f - x|| (which does, where the solution is zero)."""
     STAGNATED = 4
-    """It would have gone on, but its relative residual had not fallen by a twentieth for 20 steps."""
+    """It would have gone on, but neither its relative residual nor ||f - x|| had fallen by a twentieth for 20 steps."""
     MEAN_MET = 5
     """Its own relative residual is above tol, but the mean of those not given up is not, and that was the test."""
 
@@ -97,10 +102,19 @@ forward iteration drifts past it."""
 BLOW = 2.0
 
 
-def track_progress(residual: Tensor, lowest: Tensor, stalled: Tensor) -> tuple[Tensor, Tensor]:
-    """The relative residual that counted as progress last, and the steps since then, after one more: all (n,)."""
+def track_progress(
+    residual: Tensor, size: Tensor, lowest: Tensor, size_then: Tensor, stalled: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """After one more step: the relative residual that counted as progress last, ||g|| then, and the steps since.
+
+    All (n,). residual, size: the relative residual and ||g|| of this step.
+    """
     progress = residual < PROGRESS * lowest
-    return torch.where(progress, residual, lowest), (stalled + 1).masked_fill_(progress, 0)
+    return (
+        torch.where(progress, residual, lowest),
+        torch.where(progress, size, size_then),
+        (stalled + 1).masked_fill_(progress, 0),
+    )
 
 
 class Carried(IntEnum):
@@ -116,9 +130,11 @@ class Carried(IntEnum):
     """Steps since then."""
     HELD = 4
     """Steps since then, or since forward steps were given up: what :data:`STALL` counts."""
+    SIZE = 5
+    """||g|| when LOWEST was: where it has fallen by a twentieth since, a sample is on its way to zero, and not lost."""
 
 
-FIRST_CARRIED = (math.inf, 1.0, math.inf, 0.0, 0.0)
+FIRST_CARRIED = (math.inf, 1.0, math.inf, 0.0, 0.0, math.inf)
 
 
 @dataclass
@@ -151,7 +167,7 @@ class WindowState:
     """(B, 2) int32: how often forward steps began because there was no progress, and steps that fell back to a plain
     damped one because the system could not be solved or f was not finite."""
     carried: Tensor
-    """(B, 2, 5) float64: what the last step hands on, see :class:`Carried`, in plane k mod 2 after k steps. Two planes,
+    """(B, 2, 6) float64: what the last step hands on, see :class:`Carried`, in plane k mod 2 after k steps. Two planes,
     so that no program of a launch reads what another one writes."""
     beta: float
     adaptive: bool
@@ -160,6 +176,8 @@ class WindowState:
     """Steps without progress after which a sample above FAR is given up; 0 never does."""
     tol: float
     """Freeze a sample at residual <= tol; a negative tol never freezes a finite one."""
+    floor: float
+    """Added to ||f|| in the relative residual, at least SMALLEST_FLOOR."""
     ridge: float
     scaled: bool
     """Scale H to unit diagonal before the ridge is added (scale-invariant regularisation)."""
@@ -189,8 +207,8 @@ class Backend(Protocol):
         they belong to, each at most once; None for all B in order.
         """
 
-    def residual_norm(self, x: Tensor, fx: Tensor) -> Tensor:
-        """Relative residual ||f - x|| / ||f||: (B, d), (B, d) -> (B,) in the accumulator dtype."""
+    def residual_norm(self, x: Tensor, fx: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+        """||f - x|| / (||f|| + floor), (B,) in the accumulator dtype, and ||f - x||, (B,) float64: x, fx (B, d)."""
 
     def supports(self, window: int) -> bool:
         """Whether a window of this many rows can be handled."""

@@ -18,6 +18,7 @@ from .state import (
     FAR,
     LARGEST_RELAXATION,
     NEAR,
+    PROGRESS,
     PROMISE,
     RELAXATION_FAR,
     RELAXATION_NEAR,
@@ -59,8 +60,9 @@ class TorchBackend:
             _advance(state, samples[moving], part, f_part, part, whole=False)
             out[moving] = part
 
-    def residual_norm(self, x: Tensor, fx: Tensor) -> Tensor:
-        return residual_of_norms(_norm(fx - x), _norm(fx), accumulator_dtype(x.dtype))
+    def residual_norm(self, x: Tensor, fx: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+        size = _norm(fx - x)
+        return residual_of_norms(size, _norm(fx), accumulator_dtype(x.dtype), floor), size
 
 
 def _norm(v: Tensor) -> Tensor:
@@ -109,7 +111,7 @@ def _advance(state: WindowState, samples: Tensor, x: Tensor, fx: Tensor, out: Te
     # The Gram matrix belongs to the rows as they are stored: round first, then multiply.
     g = torch.sub(fx, x).to(state.G.dtype)
     g_norm, f_norm = _norm(g), _norm(fx)
-    residual = residual_of_norms(g_norm, f_norm, state.residual.dtype)
+    residual = residual_of_norms(g_norm, f_norm, state.residual.dtype, state.floor)
     finite = torch.isfinite(residual)
     # y = x + beta g written so that beta = 1 stores f itself, without rounding.
     y = torch.sub(fx, g, alpha=1.0 - state.beta)
@@ -178,9 +180,12 @@ def _weigh(
     newest = row == slot[:, None]
     residual = state.residual[samples].double()
     carried = state.carried[samples, steps % 2]
-    predicted, relaxation, lowest, stalled, held = carried.unbind(dim=1)
+    predicted, relaxation, lowest, stalled, held, size_then = carried.unbind(dim=1)
 
-    lowest, stalled = track_progress(residual, lowest, stalled)
+    diagonal = torch.diagonal(H, dim1=1, dim2=2)
+    squared = torch.where(newest, diagonal, 0.0).sum(dim=1)
+    size = torch.where(finite, squared.sqrt(), torch.inf)
+    lowest, size_then, stalled = track_progress(residual, size, lowest, size_then, stalled)
     held = torch.minimum(held + 1, stalled)
     row_residual = state.row_residual[samples, :rows]
     valid = in_use & (row_residual >= 0) & (row_residual < torch.inf)
@@ -191,8 +196,6 @@ def _weigh(
         state.tally[samples, 0] += (held == STALL).int()
         kept = valid & (newest | ~forward[:, None])
 
-        diagonal = torch.diagonal(H, dim1=1, dim2=2)
-        squared = torch.where(newest, diagonal, 0.0).sum(dim=1)
         factor = RELAXATION_NEAR + (RELAXATION_FAR - RELAXATION_NEAR) * (residual / NEAR).clamp(max=1.0).sqrt()
         best = factor * relaxation * (predicted - gain) / (predicted - 2 * gain + squared)
         follows = best.clamp(SMALLEST_RELAXATION, LARGEST_RELAXATION)
@@ -218,11 +221,11 @@ def _weigh(
     before = (row == ((slot - 1) % state.window)[:, None]) & valid
     alpha = torch.where(finite[:, None], alpha, before.to(alpha.dtype)).to(state.weights.dtype)
     state.carried[samples, (steps + 1) % 2] = torch.stack(
-        [torch.where(solved, 1.0 / total, torch.inf), relaxation, lowest, stalled, held], dim=1
+        [torch.where(solved, 1.0 / total, torch.inf), relaxation, lowest, stalled, held, size_then], dim=1
     )
     outcome = torch.zeros_like(state.outcome[samples])
     if state.patience:
-        outcome[(stalled >= state.patience) & (lowest > FAR)] = Outcome.DIVERGED
+        outcome[(stalled >= state.patience) & (lowest > FAR) & ~(size < PROGRESS * size_then)] = Outcome.DIVERGED
     outcome[~finite & ~before.any(dim=1)] = Outcome.NON_FINITE
     outcome[state.residual[samples] <= state.tol] = Outcome.CONVERGED
     state.outcome[samples] = outcome

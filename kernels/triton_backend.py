@@ -66,7 +66,7 @@ _NEAR = tl.constexpr(NEAR)
 _SMALLEST_RELAXATION, _LARGEST_RELAXATION = tl.constexpr(SMALLEST_RELAXATION), tl.constexpr(LARGEST_RELAXATION)
 _CONVERGED, _NON_FINITE = tl.constexpr(int(Outcome.CONVERGED)), tl.constexpr(int(Outcome.NON_FINITE))
 _DIVERGED = tl.constexpr(int(Outcome.DIVERGED))
-_PREDICTED, _RELAXATION, _LOWEST, _STALLED, _HELD = (tl.constexpr(int(column)) for column in Carried)
+_PREDICTED, _RELAXATION, _LOWEST, _STALLED, _HELD, _SIZE = (tl.constexpr(int(column)) for column in Carried)
 _CARRIED = tl.constexpr(len(Carried))
 
 
@@ -262,19 +262,19 @@ def _weigh(
     carried_ptr,
     beta: tl.float64,
     tol: tl.float64,
+    floor: tl.float64,
     ridge: tl.float64,
     patience,
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
     SCALED: tl.constexpr,
     ADAPTIVE: tl.constexpr,
-    TINY: tl.constexpr,
     LARGEST: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
 ):
     """From the new Gram row to the weights: (alpha (ROWS,), beta (r - 1) (), residual (), row residuals (ROWS,),
-    outcome () int, what the next step is told (predicted, relaxation, lowest, stalled, held), whether the system was
-    solved).
+    outcome () int, what the next step is told (predicted, relaxation, lowest, stalled, held, ||g|| at the lowest),
+    whether the system was solved).
 
     Every program of a sample finds the same, whether the first has already written what it found or not: ``carried`` is
     read in one plane and written in the other, and a row that was dropped stays dropped.
@@ -287,16 +287,19 @@ def _weigh(
     infinity = float("inf")
     finite = (g_squared < infinity) & (f_squared < infinity)
     # Where only f is zero the residual is the largest number, which is large and no failure.
-    ratio = tl.sqrt(g_squared) / (tl.sqrt(f_squared) + TINY)
+    size = tl.sqrt(g_squared)
+    ratio = size / (tl.sqrt(f_squared) + tl.full((), floor, tl.float64))
     residual = tl.where(finite, tl.where(ratio < LARGEST, ratio, LARGEST), float("nan")).to(ACCUMULATOR)
     converged = residual <= tl.full((), tol, ACCUMULATOR)
 
     carried = carried_ptr + (sample * 2 + steps % 2) * _CARRIED
     lowest = tl.load(carried + _LOWEST)
     stalled = tl.load(carried + _STALLED)
+    size_then = tl.load(carried + _SIZE)
     wide_residual = residual.to(tl.float64)
     progress = wide_residual < lowest * _PROGRESS
     lowest = tl.where(progress, wide_residual, lowest)
+    size_then = tl.where(progress, size, size_then)
     stalled = tl.where(progress, 0.0, stalled + 1.0)
 
     entry = tl.where(finite, residual, infinity)
@@ -358,11 +361,25 @@ def _weigh(
     alpha = tl.where(finite, alpha, tl.where(before, 1.0, 0.0)).to(ACCUMULATOR)
     longer = tl.where(solved, longer, 0.0)
     predicted = tl.where(solved, 1.0 / total, infinity)
-    diverged = (patience > 0) & (stalled >= patience) & (lowest > _FAR)
+    shrinks = finite & (size < size_then * _PROGRESS)
+    diverged = (patience > 0) & (stalled >= patience) & (lowest > _FAR) & (shrinks == 0)
     outcome = tl.where(diverged, _DIVERGED, 0)
     outcome = tl.where((finite == 0) & (recovers == 0), _NON_FINITE, outcome)
     outcome = tl.where(converged, _CONVERGED, outcome)
-    return alpha, longer, residual, row_residual, outcome, predicted, relaxation, lowest, stalled, held, solved
+    return (
+        alpha,
+        longer,
+        residual,
+        row_residual,
+        outcome,
+        predicted,
+        relaxation,
+        lowest,
+        stalled,
+        held,
+        size_then,
+        solved,
+    )
 
 
 @triton.jit
@@ -377,6 +394,7 @@ def _keep_books(
     lowest,
     stalled,
     held,
+    size,
     solved,
     sample,
     steps,
@@ -418,6 +436,7 @@ def _keep_books(
         tl.store(carried + _HELD, held)
     tl.store(carried + _LOWEST, lowest)
     tl.store(carried + _STALLED, stalled)
+    tl.store(carried + _SIZE, size)
     if outcome != 0:
         tl.store(outcome_ptr + sample, outcome)
 
@@ -454,6 +473,7 @@ def _mix(
     index_ptr,
     beta: tl.float64,
     tol: tl.float64,
+    floor: tl.float64,
     ridge: tl.float64,
     patience,
     dim,
@@ -466,7 +486,6 @@ def _mix(
     ADAPTIVE: tl.constexpr,
     IN_PLACE: tl.constexpr,
     INDEXED: tl.constexpr,
-    TINY: tl.constexpr,
     LARGEST: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     FINISH_BLOCKS: tl.constexpr,
@@ -495,7 +514,7 @@ def _mix(
     in_use = (row <= steps) & (row < WINDOW)
     partial = partial_ptr + position * blocks * (WINDOW + 2)
     h, f_squared, gain = _add_up(partial, row, in_use, sums, WINDOW, ROWS, ADAPTIVE, FINISH_BLOCKS)
-    alpha, longer, residual, row_residual, outcome, predicted, relaxation, lowest, stalled, held, solved = _weigh(
+    alpha, longer, residual, row_residual, outcome, predicted, relaxation, lowest, stalled, held, size, solved = _weigh(
         h,
         f_squared,
         gain,
@@ -506,13 +525,13 @@ def _mix(
         carried_ptr,
         beta,
         tol,
+        floor,
         ridge,
         patience,
         WINDOW,
         ROWS,
         SCALED,
         ADAPTIVE,
-        TINY,
         LARGEST,
         ACCUMULATOR,
     )
@@ -528,6 +547,7 @@ def _mix(
             lowest,
             stalled,
             held,
+            size,
             solved,
             sample,
             steps,
@@ -578,6 +598,7 @@ def _update(
     index_ptr,
     beta: tl.float64,
     tol: tl.float64,
+    floor: tl.float64,
     ridge: tl.float64,
     patience,
     dim,
@@ -589,7 +610,6 @@ def _update(
     ADAPTIVE: tl.constexpr,
     IN_PLACE: tl.constexpr,
     INDEXED: tl.constexpr,
-    TINY: tl.constexpr,
     LARGEST: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -632,7 +652,7 @@ def _update(
     if ADAPTIVE:
         last = tl.load(weights_ptr + first_row + row, mask=(row < WINDOW) & (row != slot), other=0.0).to(tl.float64)
         gain += tl.sum(tl.where(last != 0.0, last * h, 0.0), axis=0)
-    alpha, longer, residual, row_residual, outcome, predicted, relaxation, lowest, stalled, held, solved = _weigh(
+    alpha, longer, residual, row_residual, outcome, predicted, relaxation, lowest, stalled, held, size, solved = _weigh(
         h,
         f_squared,
         gain,
@@ -643,13 +663,13 @@ def _update(
         carried_ptr,
         beta,
         tol,
+        floor,
         ridge,
         patience,
         WINDOW,
         ROWS,
         SCALED,
         ADAPTIVE,
-        TINY,
         LARGEST,
         ACCUMULATOR,
     )
@@ -666,6 +686,7 @@ def _update(
         lowest,
         stalled,
         held,
+        size,
         solved,
         sample,
         steps,
@@ -765,7 +786,6 @@ class TritonBackend:
             "ROWS": triton.next_power_of_2(window),
             "SCALED": state.scaled,
             "IN_PLACE": out.data_ptr() == x.data_ptr(),
-            "TINY": torch.finfo(torch.float64).tiny,
             "LARGEST": torch.finfo(state.residual.dtype).max,
         }
         books = (
@@ -779,7 +799,7 @@ class TritonBackend:
             if fused:
                 _update[(x.shape[0],)](
                     *(x, fx, out, state.G, state.Y, state.H, *books, samples),
-                    *(state.beta, state.tol, state.ridge, state.patience, dim, state.stride),
+                    *(state.beta, state.tol, state.floor, state.ridge, state.patience, dim, state.stride),
                     UNDAMPED=undamped,
                     **of_system,
                     **shared,
@@ -811,14 +831,14 @@ class TritonBackend:
                 sums = 1
             _mix[grid](
                 *(x, out, state.G, state.Y, state.H, self._partial, *books, self._pushed, samples),
-                *(state.beta, state.tol, state.ridge, state.patience, dim, state.stride, blocks, sums),
+                *(state.beta, state.tol, state.floor, state.ridge, state.patience, dim, state.stride, blocks, sums),
                 FINISH_BLOCKS=_FINISH_BLOCKS,
                 **of_system,
                 **shared,
                 **(mix_options(state.adaptive, itemsize) if nvidia else {}),
             )
 
-    def residual_norm(self, x: Tensor, fx: Tensor) -> Tensor:
+    def residual_norm(self, x: Tensor, fx: Tensor, floor: float) -> tuple[Tensor, Tensor]:
         batch_size, dim = x.shape
         block, blocks, warps = split_shape(dim, warp_size=warp_size(x.device))
         dtype = accumulator_dtype(x.dtype)
@@ -828,4 +848,4 @@ class TritonBackend:
                 x, fx, partial, dim, blocks, ACCUMULATOR=_TL_DTYPE[dtype], BLOCK=block, num_warps=warps
             )
         g, f = partial.sum(dim=1).sqrt().unbind(dim=1)
-        return residual_of_norms(g, f, dtype)
+        return residual_of_norms(g, f, dtype, floor), g

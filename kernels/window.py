@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import fields
 from typing import Literal, get_args
 
@@ -10,8 +11,18 @@ import torch
 from torch import Tensor
 
 from . import history, native_backend
-from .state import FIRST_CARRIED, Backend, BackendName, Carried, WindowState, accumulator_dtype
+from .state import (
+    FIRST_CARRIED,
+    PROGRESS,
+    SMALLEST_FLOOR,
+    Backend,
+    BackendName,
+    Carried,
+    WindowState,
+    accumulator_dtype,
+)
 from .torch_backend import TorchBackend
+from .tracing import refuse_transforms, runs_as_it_is
 
 Regularization = Literal["scaled", "absolute"]
 
@@ -32,20 +43,29 @@ _ROW_MULTIPLE = 16
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def is_whole(value: object) -> bool:
+    """Whether this is a whole number, NumPy's included."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_real(value: object) -> bool:
+    """Whether this is a real number, NumPy's included."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def validate_window(
     *, window: int, beta: float, regularization: str, ridge: float | None, backend: str, adaptive: bool
 ) -> None:
     """Raises ValueError, naming value, limit and fix, for options that no window can have."""
-    if isinstance(window, bool) or not isinstance(window, int):
+    if not is_whole(window):
         raise ValueError(f"window must be a whole number of iterates, at least 1, got {window!r}")
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window} (1 is the damped forward iteration)")
-    if not 0.0 < beta <= 1.0:
-        raise ValueError(f"beta must be above 0 and at most 1, got {beta} (1 is no damping)")
+    validate_beta(beta)
     if regularization not in get_args(Regularization):
         raise ValueError(f"regularization must be one of {get_args(Regularization)}, got {regularization!r}")
-    if ridge is not None and not (ridge >= 0.0 and math.isfinite(ridge)):
-        raise ValueError(f"ridge must be finite and at least 0, got {ridge} (leave it out for the default)")
+    if ridge is not None and not (is_real(ridge) and ridge >= 0.0 and math.isfinite(ridge)):
+        raise ValueError(f"ridge must be finite and at least 0, got {ridge!r} (leave it out for the default)")
     if backend not in get_args(BackendName):
         raise ValueError(f"backend must be one of {get_args(BackendName)}, got {backend!r}")
     if not isinstance(adaptive, bool):
@@ -57,9 +77,15 @@ def validate_window(
         )
 
 
+def validate_beta(beta: object) -> None:
+    """Raises ValueError, naming value, limit and fix."""
+    if not (is_real(beta) and 0.0 < beta <= 1.0):  # type: ignore[operator]
+        raise ValueError(f"beta must be above 0 and at most 1, got {beta!r} (1 is no damping)")
+
+
 def validate_patience(patience: object) -> None:
     """Raises ValueError, naming value, limit and fix."""
-    if isinstance(patience, bool) or not isinstance(patience, int) or patience < 0:
+    if not is_whole(patience) or patience < 0:  # type: ignore[operator]
         raise ValueError(
             f"patience must be a whole number of evaluations, at least 0, got {patience!r} (0 never gives up)"
         )
@@ -133,6 +159,8 @@ class AndersonWindow:
             f changes nothing; ``absolute`` adds it as it is (what TorchDEQ and jaxopt do).
         ridge: added to the diagonal; default 1e-6 for ``scaled``, 1e-4 for ``absolute``.
         tol: freeze a sample once its relative residual is at most this; None never does.
+        floor: at least 0: relative residuals are ``||f - x|| / (||f|| + floor)``. For solutions that may be zero: with
+            ``floor = atol / tol`` a sample is frozen at ``||f - x|| <= tol ||f|| + atol``.
         adaptive: multiply beta, sample by sample, by a factor in [0.7, 2] that follows the gain of the last step; drop
             rows that were taken where the map has another slope; take forward steps where there is no progress
             (README, design notes). 3m + 5 units of traffic instead of 2m + 4. Without effect on a window of 1.
@@ -169,6 +197,7 @@ class AndersonWindow:
         regularization: Regularization = "scaled",
         ridge: float | None = None,
         tol: float | None = None,
+        floor: float = 0.0,
         adaptive: bool = False,
         patience: int = 0,
     ) -> None:
@@ -190,6 +219,8 @@ class AndersonWindow:
             )
         if tol is not None and not tol >= 0.0:
             raise ValueError(f"tol must be at least 0, got {tol} (None never freezes a sample)")
+        if not (is_real(floor) and floor >= 0.0 and math.isfinite(floor)):
+            raise ValueError(f"floor must be finite and at least 0, got {floor!r} (it is added to ||f||)")
         home = torch.device(device) if device is not None else torch.get_default_device()
         self._backend = select_backend(backend, home, dtype, window)
         accumulator = accumulator_dtype(dtype)
@@ -218,6 +249,7 @@ class AndersonWindow:
             adaptive=adaptive and window > 1,
             patience=patience,
             tol=-1.0 if tol is None else float(tol),
+            floor=max(float(floor), SMALLEST_FLOOR),
             ridge=DEFAULT_RIDGE[regularization] if ridge is None else float(ridge),
             scaled=regularization == "scaled",
         )
@@ -231,7 +263,7 @@ class AndersonWindow:
 
     @property
     def residual(self) -> Tensor:
-        """(B,) relative residual ``||f - x|| / ||f||`` of the x last given; a frozen sample keeps its own."""
+        """(B,) relative residual ``||f - x|| / (||f|| + floor)`` of the x last given; a frozen sample keeps its own."""
         return self._state.residual
 
     @property
@@ -251,10 +283,13 @@ class AndersonWindow:
 
     @property
     def stalled(self) -> Tensor:
-        """(B,) float64: steps since the relative residual last fell by a twentieth."""
+        """(B,) float64: steps since the relative residual last fell by a twentieth; 0 where ||f - x|| has since."""
         state = self._state
         samples = torch.arange(len(state.iterations), device=state.iterations.device)
-        return state.carried[samples, state.iterations.long() % 2, Carried.STALLED]
+        carried = state.carried[samples, state.iterations.long() % 2]
+        newest = (state.iterations.long() - 1) % state.window
+        shrinks = state.H[samples, newest, newest].sqrt() < PROGRESS * carried[:, Carried.SIZE]
+        return torch.where(shrinks, 0.0, carried[:, Carried.STALLED])
 
     @property
     def restarts(self) -> Tensor:
@@ -287,6 +322,7 @@ class AndersonWindow:
             tensor.fill_(value)
         self._begin()
 
+    @runs_as_it_is
     @torch.no_grad()
     def step(self, x: Tensor, fx: Tensor, *, out: Tensor | None = None, index: Tensor | None = None) -> Tensor:
         """Takes x and f(x), both (B, d); returns the next iterate, (B, d).
@@ -301,7 +337,9 @@ class AndersonWindow:
 
         Raises:
             ValueError: if a shape, dtype or device is not the window's.
+            NotImplementedError: inside a ``torch.func`` transform, and for dual numbers.
         """
+        refuse_transforms("a step of an AndersonWindow", x, fx)
         state = self._state
         batch_size, _, dim = state.G.shape
         if index is not None:
@@ -355,6 +393,7 @@ class AndersonWindow:
             regularization="scaled" if state.scaled else "absolute",
             ridge=state.ridge,
             tol=None if state.tol < 0 else state.tol,
+            floor=state.floor,
             adaptive=state.adaptive,
             patience=state.patience,
         )
@@ -392,14 +431,35 @@ class AndersonWindow:
             torch.where(keep[part, None], x[part], z, out=out[part])
         return out, torch.where(keep, state.residual, lowest)
 
+    @torch.no_grad()
+    def last(self, x: Tensor, *, lowest_mean: bool = False) -> tuple[Tensor, Tensor]:
+        """The batch as the window was given it in one step, and its residuals there: (B, d), (B,).
+
+        In the last step; with ``lowest_mean``, in the one of those in the window whose mean residual was lowest, the
+        mean being over the samples that move. Frozen samples keep their row of ``x``, what the last step returned, and
+        so does one whose f was not finite. Exact up to rounding, as :meth:`best` is.
+        """
+        state = self._state
+        moves = (state.outcome == 0)[:, None]
+        residuals = state.row_residual.abs()
+        newest = (state.iterations.long() - 1) % state.window
+        slot = newest
+        if lowest_mean:  # samples that move have taken the same steps, so that a row of the ring is one step of all
+            slot = torch.where(moves, residuals, 0.0).sum(dim=0).argmin().expand_as(newest)
+        samples = torch.arange(len(slot), device=slot.device)
+        residual = residuals[samples, slot]
+        moves = moves & torch.isfinite(residual)[:, None]
+        z = state.Y[samples, slot].sub_(state.G[samples, slot], alpha=state.beta)
+        return torch.where(moves, z, x), torch.where(moves[:, 0], residual, state.residual)
+
 
 def _as_stored(tensor: Tensor) -> Tensor:
     """Contiguous, and with the sign that its memory holds: the imaginary part of a conjugate is negated lazily."""
     return tensor.contiguous().resolve_neg()
 
 
-def residual_norm(x: Tensor, fx: Tensor, *, backend: BackendName = "auto") -> Tensor:
-    """Relative residual ``||f - x|| / ||f||`` of each sample: (B, d), (B, d) -> (B,).
+def residual_norm(x: Tensor, fx: Tensor, *, floor: float = 0.0, backend: BackendName = "auto") -> Tensor:
+    """Relative residual ``||f - x|| / (||f|| + floor)`` of each sample: (B, d), (B, d) -> (B,).
 
     Sums are taken in float64; the result is float32 (float64 for float64 input), 0 where f = x = 0.
 
@@ -411,8 +471,14 @@ def residual_norm(x: Tensor, fx: Tensor, *, backend: BackendName = "auto") -> Te
         >>> residual_norm(torch.tensor([[0.0, 4.0]]), torch.tensor([[3.0, 4.0]]))
         tensor([0.6000])
     """
+    return residual_and_size(x, fx, floor, backend)[0]
+
+
+def residual_and_size(x: Tensor, fx: Tensor, floor: float, backend: BackendName = "auto") -> tuple[Tensor, Tensor]:
+    """:func:`residual_norm`, (B,), and ``||f - x||``, (B,) float64."""
     if x.ndim != 2 or x.shape != fx.shape or x.dtype != fx.dtype:
         raise ValueError(
             f"x and fx must be (B, d) of one dtype, got {tuple(x.shape)} {x.dtype} and {tuple(fx.shape)} {fx.dtype}"
         )
-    return select_backend(backend, x.device, x.dtype).residual_norm(_as_stored(x), _as_stored(fx))
+    chosen = select_backend(backend, x.device, x.dtype)
+    return chosen.residual_norm(_as_stored(x), _as_stored(fx), max(floor, SMALLEST_FLOOR))

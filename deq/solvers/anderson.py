@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class Anderson(Solver):
     Args:
         window: m, at least 1 (1 is the damped forward iteration).
         beta: mixing parameter in (0, 1]; 1 mixes the values f_i, smaller values pull towards the iterates x_i.
-        tol, max_iter, stop, compact, check_every, patience: see :class:`~deq.solvers.base.Solver`.
+        tol, atol, max_iter, stop, compact, check_every, patience: see :class:`~deq.solvers.base.Solver`.
         regularization: ``scaled`` (unaffected by the scale of f) or ``absolute`` (what TorchDEQ and jaxopt do).
         ridge: strength of the regularisation; default 1e-6 for ``scaled``, 1e-4 for ``absolute``.
         adaptive: let each sample lengthen or shorten its steps by what the last one brought, drop rows that were taken
@@ -68,6 +68,10 @@ class Anderson(Solver):
             raise ValueError(f"history_dtype must be 'bfloat16' or left out, got {self.history_dtype!r}")
 
     @property
+    def rounding(self) -> float:
+        return 0.0 if self.history_dtype is None else torch.finfo(torch.bfloat16).eps
+
+    @property
     def _adapts(self) -> bool:
         return self.regularization == "scaled" if self.adaptive is None else self.adaptive
 
@@ -87,18 +91,22 @@ class Anderson(Solver):
             adaptive=self._adapts,
             # Under the mean test every sample goes on lowering the mean until all stop together.
             tol=self.tol if self.stop == "max" else None,
+            floor=self.floor,
             patience=self.patience,
         )
-        return _AndersonIteration(window, self)
+        return _AndersonIteration(window, self, x)
 
 
 class _AndersonIteration:
     """An AndersonWindow that updates the iterate in place, so that frozen samples are never touched."""
 
-    def __init__(self, window: AndersonWindow, solver: Anderson) -> None:
+    best_is_last: ClassVar[bool] = False
+
+    def __init__(self, window: AndersonWindow, solver: Anderson, x: Tensor) -> None:
         self._window, self._solver = window, solver
         self.residual, self.outcome, self.iterations = window.residual, window.outcome, window.iterations
         self.restarts, self.fallbacks = window.restarts, window.fallbacks
+        self._spare = torch.empty_like(x) if solver.stop == "mean" else x
 
     @property
     def stalled(self) -> Tensor:
@@ -106,13 +114,19 @@ class _AndersonIteration:
         return self._window.stalled
 
     def step(self, x: Tensor, fx: Tensor, index: Tensor | None) -> Tensor:
-        x_next = self._window.step(x, fx, out=x, index=index)
-        if self._solver.stop == "mean":
-            self._solver.stop_at_mean(self.residual, self.outcome)
-        return x_next
+        if self._solver.stop == "max":
+            return self._window.step(x, fx, out=x, index=index)
+        # Whether it was the last step is known after it: the batch stays where the mean was met.
+        moved = self._window.step(x, fx, out=self._spare[: len(x)], index=index)
+        self._solver.stop_at_mean(self.residual, self.outcome)
+        stays = (self.outcome if index is None else self.outcome[index]) != 0
+        return torch.where(stays[:, None], x, moved, out=x)
 
     def best(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._window.best(x, out=x)
+
+    def last(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._window.last(x, lowest_mean=self._solver.stop == "mean")
 
     def reset(self) -> None:
         self._window.reset()

@@ -5,23 +5,24 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
-from typing import Any, Generic, Literal, Protocol, cast, get_args
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Generic, Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
 from typing_extensions import TypeVar
 
-from kernels import Outcome, residual_norm
-from kernels.state import FAR, PATIENCE, accumulator_dtype, on_device, track_progress
-from kernels.window import validate_patience
+from kernels import Outcome
+from kernels.state import FAR, PATIENCE, PROGRESS, accumulator_dtype, on_device, track_progress
+from kernels.tracing import refuse_tracing, runs_as_it_is
+from kernels.window import is_real, is_whole, residual_and_size, validate_patience
 
+from .batch import Log, conclude, hold_to_the_batch
+from .map import FixedPointMap, Restrict, validate_start
 from .plotting import plot_residuals
-from .state import Nest, Packing, flatten, unflatten
+from .state import Coordinates, Nest, flatten, unflatten
 
 Stop = Literal["max", "mean"]
-FixedPointMap = Callable[[Tensor], Tensor]
-"""f: (B, ...) -> (B, ...), the same shape, dtype and device; samples do not mix."""
 State = TypeVar("State", bound=Nest, default=Tensor)
 """A tensor, (B, ...), or a tuple, list or dict of states: several scales of one model."""
 
@@ -44,7 +45,9 @@ class Solution(Generic[State]):
 
     In the structure of ``z0`` where that is a nest of tensors; residuals are then those of all of them together."""
     residual: Tensor
-    """(B,) relative residual ``||f(z) - z|| / ||f(z)||`` at ``z``; NaN or inf where f was never finite."""
+    """(B,) relative residual ``||f(z) - z|| / (||f(z)|| + atol / tol)`` at ``z``; NaN or inf where f was never finite.
+
+    The same for all samples where they were solved as one system (``coupled``)."""
     iterations: Tensor
     """(B,) int32: evaluations of f that each sample took part in before it converged or was given up."""
     evaluations: int
@@ -125,10 +128,6 @@ def _spread(values: Tensor, form: str) -> str:
     return f"{high:{form}}" if low in (high, math.inf) else f"{low:{form}} to {high:{form}}"
 
 
-Restrict = Callable[[Tensor], FixedPointMap]
-"""Index of samples, (n,) int64 -> the map for these alone."""
-
-
 class Iteration(Protocol):
     """The state of one solve; made anew for each."""
 
@@ -163,10 +162,19 @@ class Iteration(Protocol):
         """
 
     def best(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The iterate of lowest residual, (B, d), and that residual, (B,).
+        """The iterate of lowest residual, sample by sample, (B, d), and that residual, (B,).
 
         x: (B, d), what the last step that a sample took part in returned for it; may be overwritten.
         """
+
+    def last(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch of one evaluation, (B, d), and its residuals, (B,): of the last, or of a better one that is held.
+
+        x: as for ``best``. Samples that stand still are at x in it.
+        """
+
+    best_is_last: ClassVar[bool]
+    """Whether ``best`` is the batch of the last evaluation, too."""
 
     def reset(self) -> None:
         """As new, in the same memory."""
@@ -179,7 +187,15 @@ class Solver(ABC):
     The stopping test is on the relative residual ``||f(z) - z|| / ||f(z)||`` of each sample. With ``stop="max"``
     the solve ends when every sample is at ``tol`` or below, and a sample that gets there is frozen: it is not moved
     any more. With ``stop="mean"`` it ends when the mean of the samples that were not given up is, and no other is
-    frozen before. At most ``max_iter`` evaluations of f are made.
+    frozen before; the batch is then returned as it was in that evaluation. At most ``max_iter`` evaluations of f are
+    made.
+
+    A row of the state is a sample, and samples are taken to be independent. That is checked: when a solve ends, the
+    residuals of frozen samples are looked at again in its last evaluation. Where the others have moved one away from
+    its tolerance, a warning says so and the rest of the evaluations goes to the batch as one system. No sample is ever
+    told ``converged`` whose residual in the batch that is returned is above ``tol``. Where rows are known to see each
+    other (nodes of a graph, attention over the batch) ``solve(..., coupled=True)`` treats the batch as one system
+    from the start: one residual, one set of weights, one end.
 
     With ``compact`` the evaluations of f shrink with the number of samples that still move: once a quarter of those
     evaluated has frozen, f is asked about the others alone. That needs a map that can be restricted to some samples
@@ -197,6 +213,8 @@ class Solver(ABC):
 
     Args:
         tol: at least 0; 1e-2 to 1e-6 are usual.
+        atol: at least 0: the test is ``||f(z) - z|| <= tol ||f(z)|| + atol``, and residuals are relative to
+            ``||f(z)|| + atol / tol``. For solutions that may be zero.
         max_iter: evaluations of f at most, at least 1.
         stop: ``max`` or ``mean``.
         compact: leave samples that have converged out of the evaluations.
@@ -209,13 +227,14 @@ class Solver(ABC):
     Example:
         >>> from deq.solvers import Forward
         >>> Forward(tol=1e-4, stop="mean")
-        Forward(tol=0.0001, max_iter=50, stop='mean', compact=False, check_every=1, patience=20, beta=1.0)
+        Forward(tol=0.0001, atol=0.0, max_iter=50, stop='mean', compact=False, check_every=1, patience=20, beta=1.0)
         >>> Forward(max_iter=0)
         Traceback (most recent call last):
         ValueError: max_iter must be at least 1, got 0
     """
 
     tol: float = 1e-3
+    atol: float = 0.0
     max_iter: int = 50
     stop: Stop = "max"
     compact: bool = False
@@ -224,24 +243,43 @@ class Solver(ABC):
 
     def __post_init__(self) -> None:
         """Raises ValueError, naming value, limit and fix."""
-        if not (self.tol >= 0.0 and math.isfinite(self.tol)):
-            raise ValueError(f"tol must be finite and at least 0, got {self.tol} (relative: 1e-2 to 1e-6 are usual)")
-        if isinstance(self.max_iter, bool) or not isinstance(self.max_iter, int):
+        if not (is_real(self.tol) and self.tol >= 0.0 and math.isfinite(self.tol)):
+            raise ValueError(f"tol must be finite and at least 0, got {self.tol!r} (relative: 1e-2 to 1e-6 are usual)")
+        if not (is_real(self.atol) and self.atol >= 0.0 and math.isfinite(self.atol)):
+            raise ValueError(f"atol must be finite and at least 0, got {self.atol!r} (0: the test is relative alone)")
+        if self.atol > 0.0 and self.tol == 0.0:
+            raise ValueError(f"atol={self.atol} needs a tol above 0, got 0: give tol=1e-12 for a test that is absolute")
+        if not is_whole(self.max_iter):
             raise ValueError(f"max_iter must be a whole number of evaluations of f, got {self.max_iter!r}")
         if self.max_iter < 1:
             raise ValueError(f"max_iter must be at least 1, got {self.max_iter}")
-        if isinstance(self.check_every, bool) or not isinstance(self.check_every, int) or self.check_every < 1:
+        if not is_whole(self.check_every) or self.check_every < 1:
             raise ValueError(f"check_every must be a whole number of evaluations, at least 1, got {self.check_every!r}")
         validate_patience(self.patience)
         if self.stop not in get_args(Stop):
             raise ValueError(f"stop must be one of {get_args(Stop)}, got {self.stop!r}")
         if not isinstance(self.compact, bool):
             raise ValueError(f"compact must be true or false, got {self.compact!r}")
+        for field in fields(self):  # NumPy's numbers print, compare and pickle otherwise
+            value = getattr(self, field.name)
+            if is_real(value) and not isinstance(value, int | float):
+                object.__setattr__(self, field.name, int(value) if is_whole(value) else float(value))
+
+    @property
+    def floor(self) -> float:
+        """Added to ||f|| in the relative residual, so that <= tol says ``||f - x|| <= tol ||f|| + atol``."""
+        return self.atol / self.tol if self.atol else 0.0
+
+    @property
+    def rounding(self) -> float:
+        """Relative error of the residuals that an iteration tells, beyond that of its arithmetic."""
+        return 0.0
 
     @abstractmethod
     def start(self, x: Tensor, *, in_place: bool = False) -> Iteration:
         """The state of a solve that begins at x, (B, d) contiguous; ``in_place`` if every step is to write into x."""
 
+    @runs_as_it_is
     @torch.no_grad()
     def solve(
         self,
@@ -251,6 +289,8 @@ class Solver(ABC):
         trace: bool = False,
         restrict: Callable[[Tensor], Callable[[State], State]] | None = None,
         states_at: Collection[int] = (),
+        coupled: bool = False,
+        scale: Any = None,
     ) -> Solution[State]:
         """Iterates from ``z0`` until the stopping test holds or ``max_iter`` evaluations are made.
 
@@ -264,11 +304,19 @@ class Solver(ABC):
             trace: keep the residual of every sample after every evaluation.
             restrict: index, (n,) int64 -> f for these samples alone, (n, ...) -> (n, ...); needed by ``compact``.
             states_at: keep a copy of the iterates that follow these evaluations, counted from 1 to ``max_iter``.
+            coupled: the rows of the batch see each other: solve it as one system, whose residual is that of all rows
+                together. A ``z0`` of one dimension, a single vector, always is (unless ``compact``).
+            scale: sizes of the components, above 0, in the shape of one sample's state or one that broadcasts to it
+                (for a nest: a nest of such, or of numbers): residuals and weights are those of z / scale. Where a
+                component of 1e6 stands beside others of 1, the norm of z is that of the one alone.
 
         Raises:
             ValueError: if ``z0`` has no elements, is not floating point, not dense, or is of several batch sizes,
                 dtypes or devices; if f returns another structure, shape, dtype or device, or writes into its argument;
-                if ``compact`` is on without ``restrict``; if ``states_at`` names an evaluation that is never made.
+                if ``compact`` is on without ``restrict``, with ``coupled``, or with a map that answers otherwise for
+                a sample alone; if ``states_at`` names an evaluation that is never made; for a ``scale`` that is not
+                above 0 or does not fit.
+            NotImplementedError: inside a ``torch.func`` transform, and for dual numbers.
 
         Example:
             >>> import torch
@@ -279,19 +327,17 @@ class Solver(ABC):
             >>> solution.z["low"].shape, solution.converged
             (torch.Size([2, 5]), tensor([True, True]))
         """
-        if isinstance(z0, Tensor):
-            found: Any = self._solve(cast(FixedPointMap, f), z0, trace, cast("Restrict | None", restrict), states_at)
-            return cast("Solution[State]", found)
-        packing = Packing(z0)
-        parts = None if restrict is None else (lambda index: packing.flat_map(restrict(index)))
-        found = self._solve(packing.flat_map(f), packing.pack(z0), trace, parts, states_at)
-        states = tuple(packing.unpack(state) for state in found.states)
-        return cast("Solution[State]", replace(found, z=packing.unpack(found.z), states=states))
+        coordinates = Coordinates(z0, coupled=coupled, scale=scale, compact=self.compact)
+        flat_map = coordinates.flat_map
+        parts = None if restrict is None else (lambda index: flat_map(restrict(index)))
+        found: Any = self._solve(flat_map(f), coordinates.pack(z0), trace, parts, states_at)
+        return cast("Solution[State]", coordinates.account(found))
 
     def _solve(
         self, f: FixedPointMap, z0: Tensor, trace: bool, restrict: Restrict | None, states_at: Collection[int]
     ) -> Solution:
         validate_start(z0)
+        refuse_tracing("a fixed-point solve", z0)
         if self.compact and restrict is None:
             raise ValueError(
                 "compact=True needs restrict=, which gives f for some samples alone (or use compact=False)"
@@ -303,29 +349,20 @@ class Solver(ABC):
                     "or raise max_iter"
                 )
         with on_device(z0.device):
-            return self._iterate(f, z0, trace, restrict, states_at)
+            return self._iterate(z0, restrict, Log(f, z0.shape, trace, states_at))
 
-    def _iterate(
-        self, f: FixedPointMap, z0: Tensor, trace: bool, restrict: Restrict | None, states_at: Collection[int]
-    ) -> Solution:
-        batch_size = z0.shape[0]
-        x = z0.reshape(batch_size, -1).clone(memory_format=torch.contiguous_format)
-        x_all, index = x, None
+    def _iterate(self, z0: Tensor, restrict: Restrict | None, log: Log) -> Solution:
+        x = z0.reshape(len(z0), -1).clone(memory_format=torch.contiguous_format)
+        x_all, index, part = x, None, None
         iteration = self.start(x)
-        moving = MovingSamples(batch_size, x.device)
-        residuals: list[Tensor] = []
-        states: list[Tensor] = []
-        evaluations = sample_evaluations = 0
-        while evaluations < self.max_iter:
-            fx = _evaluate(f, x, (x.shape[0], *z0.shape[1:]))
-            evaluations += 1
-            sample_evaluations += x.shape[0]
+        moving = MovingSamples(len(z0), x.device)
+        while True:
+            fx = log.evaluate(x, part)
             x = iteration.step(x, fx, index)
-            if trace:
-                residuals.append(iteration.residual.clone())
-            if evaluations in states_at:
-                states.append(_put(x_all, x, index).clone().view(z0.shape))
-            if evaluations % self.check_every != 0:
+            log.keep(iteration.residual, lambda: _put(x_all, x, index))  # noqa: B023
+            if log.evaluations == self.max_iter:
+                break
+            if log.evaluations % self.check_every != 0:
                 continue
             left = moving.count(iteration.outcome)
             if left == 0:
@@ -333,32 +370,40 @@ class Solver(ABC):
             if self.compact and restrict is not None and left <= _COMPACT_AT * x.shape[0]:
                 x_all = _put(x_all, x, index)
                 # Samples that move come first; should one have frozen since they were counted, it is along for a while.
-                index = torch.argsort(iteration.outcome != 0, stable=True)[:left].sort().values
+                smaller = torch.argsort(iteration.outcome != 0, stable=True)[:left].sort().values
+                if part is None:
+                    hold_to_the_batch(iteration, log, restrict, x, fx, self.tol)
+                index, part = smaller, restrict(smaller)
                 x = x_all[index]
-                f = restrict(index)
+        if index is None:
+            return conclude(self, iteration, x, fx, log)
         z, residual = iteration.best(_put(x_all, x, index))
-        found = self.account(iteration, z.view(z0.shape), residual, evaluations, sample_evaluations)
-        return replace(found, trace=torch.stack(residuals) if trace else None, states=tuple(states))
+        return self.account(iteration, z, residual, log)
 
-    def account(
-        self, iteration: Iteration, z: Tensor, residual: Tensor, evaluations: int, sample_evaluations: int
-    ) -> Solution:
-        """The solution at the end of an iteration, whose own tensors may be written to afterwards."""
+    def account(self, iteration: Iteration, z: Tensor, residual: Tensor, log: Log) -> Solution:
+        """The solution at the end of an iteration, whose own tensors may be written to afterwards.
+
+        z, residual: (B, d) and (B,), what is returned.
+        """
         converged = residual <= self.tol
         outcome = iteration.outcome.clone()
+        # A sample that was at its tolerance once, and is not in the batch that is returned.
+        outcome.masked_fill_(outcome == Outcome.CONVERGED, Outcome.MAX_ITER)
         # Without indexing by a mask, for which the host would have to wait.
         outcome.masked_fill_((outcome == Outcome.MAX_ITER) & (iteration.stalled >= PATIENCE), Outcome.STAGNATED)
         outcome.masked_fill_(converged, Outcome.CONVERGED)
         return Solution(
-            z=z,
+            z=z.view(log.shape),
             residual=residual,
             iterations=iteration.iterations.clone(),
-            evaluations=evaluations,
-            sample_evaluations=sample_evaluations,
+            evaluations=log.evaluations,
+            sample_evaluations=log.sample_evaluations,
             converged=converged,
             outcome=outcome,
             restarts=iteration.restarts.clone(),
             fallbacks=iteration.fallbacks.clone(),
+            trace=log.trace,
+            states=tuple(log.states),
             tol=self.tol,
         )
 
@@ -387,33 +432,26 @@ class Solver(ABC):
         outcome.masked_fill_(moving & met, Outcome.MEAN_MET)
 
 
-def validate_start(z0: Tensor) -> None:
-    """Raises ValueError, naming value, limit and fix, for what no solve can start from."""
-    if z0.ndim < 1 or z0.numel() == 0 or not z0.is_floating_point():
-        raise ValueError(
-            f"z0 must be (B, ...) floating point with at least one element, got {tuple(z0.shape)} {z0.dtype}: "
-            "leave empty batches out, give each sample a row, and turn whole numbers into floats"
-        )
-    if z0.layout != torch.strided:
-        raise ValueError(f"z0 must be a dense tensor, got one of {z0.layout}: give z0.to_dense()")
-    if z0.dtype.itemsize < 2:
-        raise ValueError(
-            f"z0 must be float64, float32, bfloat16 or float16, got {z0.dtype}: let f convert, and give z0.half()"
-        )
-
-
 class Books:
     """What iterations without an :class:`kernels.AndersonWindow` keep of every sample."""
+
+    best_is_last: ClassVar[bool] = False
 
     def __init__(self, x: Tensor, solver: Solver) -> None:
         self._solver = solver
         batch_size = x.shape[0]
         self.residual = torch.full((batch_size,), torch.inf, dtype=accumulator_dtype(x.dtype), device=x.device)
         self.lowest = self.residual.clone()
+        self._size, self._size_then = torch.full((2, batch_size), torch.inf, dtype=torch.float64, device=x.device)
         self.outcome = torch.zeros(batch_size, dtype=torch.uint8, device=x.device)
-        self.iterations, self.stalled, self.restarts, self.fallbacks = torch.zeros(
+        self.iterations, self._stalled, self.restarts, self.fallbacks = torch.zeros(
             4, batch_size, dtype=torch.int32, device=x.device
         )
+
+    @property
+    def stalled(self) -> Tensor:
+        """(B,) int32, see :class:`Iteration`; 0 where ||f - x|| has fallen by a twentieth since."""
+        return torch.where(self._size < PROGRESS * self._size_then, 0, self._stalled)
 
     def enter(self, x: Tensor, fx: Tensor, index: Tensor | None) -> Tensor:
         """Takes an evaluation, x and fx (n, d), into account; returns which of these samples stay at x, (n,) bool."""
@@ -421,12 +459,17 @@ class Books:
         solver, before = self._solver, self.outcome[part]
         active = before == 0
         self.iterations[part] += active
-        residual = torch.where(active, residual_norm(x, fx), self.residual[part])
-        self.residual[part] = residual
-        lowest, stalled = track_progress(residual, self.lowest[part], self.stalled[part])
-        self.lowest[part], self.stalled[part] = lowest, stalled
+        residual, size = residual_and_size(x, fx, solver.floor)
+        residual = torch.where(active, residual, self.residual[part])
+        self.residual[part], self._size[part] = residual, size
+        lowest, size_then, stalled = track_progress(
+            residual, size, self.lowest[part], self._size_then[part], self._stalled[part]
+        )
+        self.lowest[part], self._size_then[part], self._stalled[part] = lowest, size_then, stalled
         # Few operations: where f is cheap, each of them is felt.
-        given_up = (stalled >= solver.patience) & (lowest > FAR) if solver.patience else torch.zeros_like(active)
+        given_up = torch.zeros_like(active)
+        if solver.patience:
+            given_up = (stalled >= solver.patience) & (lowest > FAR) & ~(size < PROGRESS * size_then)
         now = given_up.to(before.dtype).mul_(Outcome.DIVERGED).masked_fill_(residual.isnan(), Outcome.NON_FINITE)
         if solver.stop == "max":
             now.masked_fill_(residual <= solver.tol, Outcome.CONVERGED)
@@ -441,8 +484,9 @@ class Books:
     def reset(self) -> None:
         """As new, in the same memory."""
         self.residual.fill_(torch.inf)
-        self.lowest.fill_(torch.inf)
-        for tensor in (self.outcome, self.iterations, self.stalled, self.restarts, self.fallbacks):
+        for tensor in (self.lowest, self._size, self._size_then):
+            tensor.fill_(torch.inf)
+        for tensor in (self.outcome, self.iterations, self._stalled, self.restarts, self.fallbacks):
             tensor.zero_()
 
 
@@ -483,16 +527,3 @@ class MovingSamples:
 def _put(x_all: Tensor, x: Tensor, index: Tensor | None) -> Tensor:
     """The iterates of all samples: (B, d)."""
     return x if index is None else x_all.index_copy(0, index, x)
-
-
-def _evaluate(f: FixedPointMap, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """f at the flat iterate x, flat again and checked."""
-    # Inference tensors count no versions; under inference mode a write into the argument goes unnoticed.
-    version = None if x.is_inference() else x._version
-    fz = f(x.view(shape))
-    if not isinstance(fz, Tensor) or fz.shape != shape or fz.dtype != x.dtype or fz.device != x.device:
-        got = f"{tuple(fz.shape)} {fz.dtype} on {fz.device}" if isinstance(fz, Tensor) else type(fz).__name__
-        raise ValueError(f"f must return what it is given, {shape} {x.dtype} on {x.device}, but it returned {got}")
-    if version is not None and x._version != version:
-        raise ValueError("f wrote into its argument, which is the solver's iterate: let f work on z.clone()")
-    return fz.reshape(x.shape)

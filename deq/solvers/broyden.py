@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.state import accumulator_dtype
+from kernels.window import is_whole
 
 from .base import Books, Solver
 from .scaling import power_of_two_norm
@@ -33,7 +34,7 @@ class Broyden(Solver):
 
     Args:
         memory: pairs (s_i, y_i) kept, at least 1.
-        tol, max_iter, stop, compact, check_every, patience: see :class:`~deq.solvers.base.Solver`.
+        tol, atol, max_iter, stop, compact, check_every, patience: see :class:`~deq.solvers.base.Solver`.
 
     Raises:
         ValueError: for an option outside its limits.
@@ -51,7 +52,7 @@ class Broyden(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 1:
+        if not is_whole(self.memory) or self.memory < 1:
             raise ValueError(f"memory must be a whole number of pairs of vectors, at least 1, got {self.memory!r}")
 
     def start(self, x: Tensor, *, in_place: bool = False) -> _BroydenIteration:
@@ -169,6 +170,9 @@ class _BroydenIteration(Books):
     def best(self, x: Tensor) -> tuple[Tensor, Tensor]:
         found = torch.isfinite(self._best_residual)
         return torch.where(found[:, None], self._best, x), torch.where(found, self._best_residual, self.residual)
+
+    def last(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.where((self.outcome == 0)[:, None], self._x_before.to(x.dtype), x), self.residual
 
     def reset(self) -> None:
         # What is read of S and W is written before, but for zeros times what is there, which is finite.

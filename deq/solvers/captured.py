@@ -12,6 +12,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from kernels.state import on_device
 
-from .base import FixedPointMap, MovingSamples, Solution, _evaluate
+from .base import MovingSamples, Solution
+from .batch import Log, Look, conclude
+from .map import FixedPointMap, evaluate
 
 if TYPE_CHECKING:
     from .base import Solver
@@ -162,8 +165,9 @@ class CapturedSolve:
         self._going.fill_(True)
 
     def _iterate(self) -> None:
-        fx = _evaluate(self._f, self._x, self._shape)
-        self._iteration.step(self._x, fx, None)
+        # Kept, and so left alone by what else is recorded: it is looked at again when the solve has ended.
+        self._fx = evaluate(self._f, self._x, self._shape)
+        self._iteration.step(self._x, self._fx, None)
 
     def _look(self) -> None:
         self._count.add_(1)
@@ -180,7 +184,7 @@ class CapturedSolve:
         self._finish()
 
     def _finish(self) -> None:
-        self._z, self._residual = self._iteration.best(self._x)
+        self._last_look = Look.at(self._solver, self._iteration, self._x, self._fx, self._count)
 
     @torch.no_grad()
     def __call__(self, z0: Tensor) -> Solution:
@@ -200,19 +204,20 @@ class CapturedSolve:
 
     def _solve(self, z0: Tensor) -> Solution:
         self._x.copy_(z0.reshape(self._x.shape))
+        log = Log(self._f, self._shape)
+        look = None
         if self._replay_solve is not None:
             self._replay_solve()
-            evaluations = int(self._count)
+            log.evaluations, look = int(self._count), self._last_look
         else:
             self._iteration.reset()
             moving = MovingSamples(len(z0), z0.device)
-            evaluations = 0
-            while evaluations < self._solver.max_iter:
+            while log.evaluations < self._solver.max_iter:
                 self._replay_iteration()
-                evaluations += 1
-                if evaluations % self._solver.check_every == 0 and moving.count(self._iteration.outcome) == 0:
+                log.evaluations += 1
+                if log.evaluations % self._solver.check_every == 0 and moving.count(self._iteration.outcome) == 0:
                     break
-            self._finish()
+        log.sample_evaluations = log.evaluations * len(z0)
         # The next call writes over all of this.
-        z, residual = self._z.clone().view(self._shape), self._residual.clone()
-        return self._solver.account(self._iteration, z, residual, evaluations, evaluations * len(z0))
+        found = conclude(self._solver, self._iteration, self._x, self._fx, log, look)
+        return replace(found, z=found.z.clone(), residual=found.residual.clone())

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from kernels.window import validate_beta
 
 from .base import Books, Solver
 
@@ -16,7 +19,7 @@ class Forward(Solver):
 
     Args:
         beta: damping in (0, 1]; 1 is the plain iteration ``x_next = f(x)``.
-        tol, max_iter, stop, compact, check_every, patience: see :class:`~deq.solvers.base.Solver`.
+        tol, atol, max_iter, stop, compact, check_every, patience: see :class:`~deq.solvers.base.Solver`.
 
     Raises:
         ValueError: for an option outside its limits.
@@ -33,8 +36,7 @@ class Forward(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 < self.beta <= 1.0:
-            raise ValueError(f"beta must be above 0 and at most 1, got {self.beta} (1 is no damping)")
+        validate_beta(self.beta)
 
     def start(self, x: Tensor, *, in_place: bool = False) -> _ForwardIteration:
         return _ForwardIteration(x, self, in_place)
@@ -45,6 +47,8 @@ class _ForwardIteration(Books):
 
     In place, the iterate evaluated is copied aside instead.
     """
+
+    best_is_last: ClassVar[bool] = True
 
     def __init__(self, x: Tensor, solver: Forward, in_place: bool) -> None:
         super().__init__(x, solver)
@@ -70,3 +74,5 @@ class _ForwardIteration(Books):
         # Samples that were left out are frozen, at the iterate that they were last evaluated at.
         z = self._evaluated if self._index is None else x.index_copy(0, self._index, self._evaluated)
         return z, self.residual
+
+    last = best

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+from .map import validate_start, validate_value
+
+if TYPE_CHECKING:
+    from .base import Solution
 
 Nest: TypeAlias = "Tensor | Sequence[Nest] | Mapping[Any, Nest]"
 """A tensor, or a tuple, named tuple, list or dict of nests."""
@@ -145,40 +151,160 @@ class Packing:
         """
         return unflatten(self._skeleton, self._views(torch.unsafe_split_with_sizes(flat, self._sizes, dim=1)))
 
-    def flat_map(self, f: Callable[[Any], Nest], *, cast: bool = False) -> Callable[[Tensor], Tensor]:
-        """f, which maps nests, as a map of flat buffers, (n, D) -> (n, D) for any n; ``cast`` as in :meth:`pack`."""
-
-        def mapped(flat: Tensor) -> Tensor:
-            return self.pack(f(self.unpack(flat)), "f(z)", samples=len(flat), cast=cast)
-
-        return mapped
-
     def _views(self, parts: Sequence[Tensor]) -> list[Tensor]:
         return [part.view(len(part), *shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def _match(self, nest: Nest, name: str) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a nest of this structure in order, with their names."""
+        for path, part in matched(nest, self._skeleton, name):
+            if not isinstance(part, Tensor):
+                raise ValueError(f"{path} must be a tensor as in the state, got {_kind(part)}: return one there")
+            yield path, part
 
-        def walk(skeleton: Skeleton, part: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-            if isinstance(skeleton, int):
-                if not isinstance(part, Tensor):
-                    raise ValueError(f"{name} must be a tensor as in the state, got {_kind(part)}: return one there")
-                yield name, part
-            elif isinstance(skeleton, dict):
-                if not isinstance(part, Mapping) or part.keys() != skeleton.keys():
-                    raise ValueError(
-                        f"{name} must be a dict with the keys {[*skeleton]} of the state, got {_kind(part)}"
-                    )
-                for key, inner in skeleton.items():
-                    yield from walk(inner, part[key], f"{name}[{key!r}]")
-            else:
-                if not isinstance(part, tuple | list) or len(part) != len(skeleton):
-                    kind = f"{type(skeleton).__name__} of {len(skeleton)}"
-                    raise ValueError(f"{name} must be a {kind} as in the state, got {_kind(part)}")
-                for i, inner in enumerate(skeleton):
-                    yield from walk(inner, part[i], f"{name}[{i}]")
 
-        return walk(self._skeleton, nest, name)
+def matched(nest: Any, skeleton: Skeleton, name: str) -> Iterator[tuple[str, Any]]:
+    """What stands in the places of the tensors in a nest of this structure, in order, with its names."""
+    if isinstance(skeleton, int):
+        yield name, nest
+    elif isinstance(skeleton, dict):
+        if not isinstance(nest, Mapping) or nest.keys() != skeleton.keys():
+            raise ValueError(f"{name} must be a dict with the keys {[*skeleton]} of the state, got {_kind(nest)}")
+        for key, inner in skeleton.items():
+            yield from matched(nest[key], inner, f"{name}[{key!r}]")
+    else:
+        if not isinstance(nest, tuple | list) or len(nest) != len(skeleton):
+            kind = f"{type(skeleton).__name__} of {len(skeleton)}"
+            raise ValueError(f"{name} must be a {kind} as in the state, got {_kind(nest)}")
+        for i, inner in enumerate(skeleton):
+            yield from matched(nest[i], inner, f"{name}[{i}]")
+
+
+class Coordinates:
+    """A state as its user writes it, and as solvers see it: one flat tensor, a row for each system to solve.
+
+    ``flat = z / scale``, (B, D), for a nest as :class:`Packing` lays it out; (1, B D) where the samples are one system.
+    A tensor that is neither scaled nor coupled is left as it is, (B, ...).
+
+    Args:
+        z0: a start: a tensor, (B, ...), or a nest of such; only its shapes are kept.
+        coupled: the samples are one system. A single vector always is, unless ``compact`` says that its elements are
+            independent samples.
+        scale: None, or what :meth:`Solver.solve` takes.
+
+    Raises:
+        ValueError: see :meth:`Solver.solve`.
+
+    Example:
+        >>> import torch
+        >>> z = torch.tensor([[2.0, 10.0], [4.0, 20.0]])
+        >>> Coordinates(z, scale=torch.tensor([2.0, 10.0])).pack(z)
+        tensor([[1., 1.],
+                [2., 2.]])
+        >>> Coordinates(z, coupled=True).pack(z).shape
+        torch.Size([1, 4])
+    """
+
+    def __init__(
+        self, z0: Nest, *, coupled: bool = False, scale: Any = None, compact: bool = False, name: str = "z0"
+    ) -> None:
+        leaves, skeleton = flatten(z0, name)
+        self._packing = None if isinstance(skeleton, int) else Packing(z0, name)
+        if self._packing is None:
+            validate_start(leaves[0])
+        self.batch_size, self._shape = len(leaves[0]), leaves[0].shape[1:]
+        if coupled and compact:
+            raise ValueError(
+                "coupled=True makes one system of the batch, of which compact=True cannot leave samples out: use "
+                "compact=False"
+            )
+        self.coupled = coupled or (leaves[0].ndim == 1 and self._packing is None and not compact)
+        self._scale = None if scale is None else self._flat_scale(scale, z0)
+
+    def __repr__(self) -> str:
+        # All that distinguishes one from another: recordings are kept by it, and a scale is one more tensor in them.
+        return f"Coordinates({self._packing or tuple(self._shape)}, coupled={self.coupled}, scale={id(self._scale)})"
+
+    def _flat_scale(self, scale: Any, z0: Nest) -> Tensor:
+        """(1, ...) as in the flat state."""
+        leaves, skeleton = flatten(z0, "z0")
+        sizes = matched(scale, skeleton, "scale")
+        rows = []
+        for (path, size), leaf in zip(sizes, leaves, strict=True):
+            given = torch.as_tensor(size, dtype=leaf.dtype, device=leaf.device).detach()
+            try:
+                row = given.expand(leaf.shape[1:])[None]
+            except RuntimeError:
+                raise ValueError(
+                    f"{path} must have the shape of one sample's state, {tuple(leaf.shape[1:])}, or one that "
+                    f"broadcasts to it, got {tuple(given.shape)}"
+                ) from None
+            if not bool(((row > 0) & torch.isfinite(row)).all()):
+                raise ValueError(f"{path} must be above 0 and finite everywhere: it is the size of a component")
+            rows.append(row)
+        return rows[0] if self._packing is None else self._packing.pack(unflatten(skeleton, rows))
+
+    def pack(self, nest: Any, name: str = "z0", *, samples: int | None = None, cast: bool = False) -> Tensor:
+        """The flat state; see :meth:`Packing.pack`."""
+        flat = nest if self._packing is None else self._packing.pack(nest, name, samples=samples, cast=cast)
+        flat = flat if self._scale is None else flat / self._scale
+        return flat.reshape(1, -1) if self.coupled else flat
+
+    def unpack(self, flat: Tensor) -> Any:
+        """The state, as views where it is not scaled."""
+        z = self._rows(flat)
+        return z if self._packing is None else self._packing.unpack(z)
+
+    def release(self, flat: Tensor) -> Any:
+        """:meth:`unpack` for a ``flat`` that nobody else reads; see :meth:`Packing.release`."""
+        z = self._rows(flat)
+        return z if self._packing is None else self._packing.release(z)
+
+    def _rows(self, flat: Tensor) -> Tensor:
+        z = flat
+        if self.coupled:
+            shape = (-1,) if self._packing is not None else self._shape
+            z = flat.view(self.batch_size, *shape)
+        return z if self._scale is None else z * self._scale
+
+    def flat_map(self, f: Callable[[Any], Any], *, cast: bool = False) -> Callable[[Tensor], Tensor]:
+        """f, which maps states, as a map of flat ones; ``cast``: take what it returns in other dtypes."""
+        if self._packing is None and not self.coupled and self._scale is None and not cast:
+            return f
+
+        def mapped(flat: Tensor) -> Tensor:
+            z = self.unpack(flat)
+            fz = f(z)
+            if self._packing is None:
+                if cast and isinstance(fz, Tensor):
+                    fz = fz.to(z.dtype)
+                return self.pack(validate_value(fz, z.shape, z))
+            samples = self.batch_size if self.coupled else len(flat)
+            return self.pack(fz, "f(z)", samples=samples, cast=cast)
+
+        return mapped
+
+    def account(self, solution: Solution[Any]) -> Solution[Any]:
+        """What solvers say of the flat state, said of the user's: one system's account is that of each sample."""
+        states = tuple(self.unpack(state) for state in solution.states)
+        found = replace(solution, z=self.unpack(solution.z), states=states)
+        if not self.coupled:
+            return found
+        count = self.batch_size
+
+        def each(of_system: Tensor) -> Tensor:
+            return of_system.expand(count).clone()
+
+        return replace(
+            found,
+            residual=each(found.residual),
+            iterations=each(found.iterations),
+            sample_evaluations=found.sample_evaluations * count,
+            converged=each(found.converged),
+            outcome=each(found.outcome),
+            restarts=each(found.restarts),
+            fallbacks=each(found.fallbacks),
+            trace=None if found.trace is None else found.trace.expand(-1, count).clone(),
+        )
 
 
 def _kind(part: Any) -> str:

@@ -18,7 +18,7 @@ from deq import DEQ
 from deq.gradients import Gradient, Implicit, JacobianFree, Phantom
 from deq.models import EquilibriumClassifier
 from deq.solvers import Anderson, Broyden, Forward, Solver, captured
-from deq.solvers.base import FixedPointMap
+from deq.solvers.map import FixedPointMap
 from deq.stability import StabilityLosses, VariationalDropout, correction_loss, jacobian_penalty, spectral_radius
 from kernels import native_backend
 from tests.left_behind import hooks_of, live_tensors, resident_bytes

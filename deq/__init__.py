@@ -2,9 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
+from deq.names import refuse_other_kernels
+
 if TYPE_CHECKING:
     from deq.layer import DEQ, Equilibrium
     from deq.warm_start import WarmStart
+
+refuse_other_kernels()
 
 __all__ = ["DEQ", "Equilibrium", "WarmStart"]
 

@@ -431,27 +431,6 @@ class AndersonWindow:
             torch.where(keep[part, None], x[part], z, out=out[part])
         return out, torch.where(keep, state.residual, lowest)
 
-    @torch.no_grad()
-    def last(self, x: Tensor, *, lowest_mean: bool = False) -> tuple[Tensor, Tensor]:
-        """The batch as the window was given it in one step, and its residuals there: (B, d), (B,).
-
-        In the last step; with ``lowest_mean``, in the one of those in the window whose mean residual was lowest, the
-        mean being over the samples that move. Frozen samples keep their row of ``x``, what the last step returned, and
-        so does one whose f was not finite. Exact up to rounding, as :meth:`best` is.
-        """
-        state = self._state
-        moves = (state.outcome == 0)[:, None]
-        residuals = state.row_residual.abs()
-        newest = (state.iterations.long() - 1) % state.window
-        slot = newest
-        if lowest_mean:  # samples that move have taken the same steps, so that a row of the ring is one step of all
-            slot = torch.where(moves, residuals, 0.0).sum(dim=0).argmin().expand_as(newest)
-        samples = torch.arange(len(slot), device=slot.device)
-        residual = residuals[samples, slot]
-        moves = moves & torch.isfinite(residual)[:, None]
-        z = state.Y[samples, slot].sub_(state.G[samples, slot], alpha=state.beta)
-        return torch.where(moves, z, x), torch.where(moves[:, 0], residual, state.residual)
-
 
 def _as_stored(tensor: Tensor) -> Tensor:
     """Contiguous, and with the sign that its memory holds: the imaginary part of a conjugate is negated lazily."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -100,8 +100,6 @@ class Anderson(Solver):
 class _AndersonIteration:
     """An AndersonWindow that updates the iterate in place, so that frozen samples are never touched."""
 
-    best_is_last: ClassVar[bool] = False
-
     def __init__(self, window: AndersonWindow, solver: Anderson, x: Tensor) -> None:
         self._window, self._solver = window, solver
         self.residual, self.outcome, self.iterations = window.residual, window.outcome, window.iterations
@@ -124,9 +122,6 @@ class _AndersonIteration:
 
     def best(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._window.best(x, out=x)
-
-    def last(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._window.last(x, lowest_mean=self._solver.stop == "mean")
 
     def reset(self) -> None:
         self._window.reset()

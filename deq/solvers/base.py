@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Generic, Literal, Protocol, cast, get_args
+from typing import Any, Generic, Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
@@ -166,15 +166,6 @@ class Iteration(Protocol):
 
         x: (B, d), what the last step that a sample took part in returned for it; may be overwritten.
         """
-
-    def last(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch of one evaluation, (B, d), and its residuals, (B,): of the last, or of a better one that is held.
-
-        x: as for ``best``. Samples that stand still are at x in it.
-        """
-
-    best_is_last: ClassVar[bool]
-    """Whether ``best`` is the batch of the last evaluation, too."""
 
     def reset(self) -> None:
         """As new, in the same memory."""
@@ -353,11 +344,13 @@ class Solver(ABC):
 
     def _iterate(self, z0: Tensor, restrict: Restrict | None, log: Log) -> Solution:
         x = z0.reshape(len(z0), -1).clone(memory_format=torch.contiguous_format)
-        x_all, index, part = x, None, None
+        x_all, index, part, evaluated = x, None, None, None
         iteration = self.start(x)
         moving = MovingSamples(len(z0), x.device)
         while True:
             fx = log.evaluate(x, part)
+            if log.evaluations == self.max_iter and index is None:
+                evaluated = x.clone()  # the step may write into it, and no other evaluation can follow
             x = iteration.step(x, fx, index)
             log.keep(iteration.residual, lambda: _put(x_all, x, index))  # noqa: B023
             if log.evaluations == self.max_iter:
@@ -376,7 +369,7 @@ class Solver(ABC):
                 index, part = smaller, restrict(smaller)
                 x = x_all[index]
         if index is None:
-            return conclude(self, iteration, x, fx, log)
+            return conclude(self, iteration, x, fx, log, evaluated)
         z, residual = iteration.best(_put(x_all, x, index))
         return self.account(iteration, z, residual, log)
 
@@ -434,8 +427,6 @@ class Solver(ABC):
 
 class Books:
     """What iterations without an :class:`kernels.AndersonWindow` keep of every sample."""
-
-    best_is_last: ClassVar[bool] = False
 
     def __init__(self, x: Tensor, solver: Solver) -> None:
         self._solver = solver

@@ -95,11 +95,18 @@ class Look:
 
 
 def conclude(
-    solver: Solver, iteration: Iteration, x: Tensor, fx: Tensor, log: Log, look: Look | None = None
+    solver: Solver,
+    iteration: Iteration,
+    x: Tensor,
+    fx: Tensor,
+    log: Log,
+    evaluated: Tensor | None = None,
+    look: Look | None = None,
 ) -> Solution:
     """The solution of a batch that was evaluated as a whole.
 
-    x: (B, d), what the last step returned; may be overwritten. fx: (B, d), the evaluation before it.
+    x: (B, d), what the last step returned. fx, evaluated: (B, d), the last evaluation, and where it was; the latter
+    where no other can follow.
     """
     look = look or Look.at(solver, iteration, x, fx, log.evaluations)
     whole, proven, lost = look.verdict.tolist()
@@ -108,7 +115,7 @@ def conclude(
     if not whole:
         z, best_residual = iteration.best(x.clone())
         # A sample that is given up at once has no better iterate than that which was evaluated.
-        whole = iteration.best_is_last or bool(((z == x) | (z.isnan() & x.isnan())).all())
+        whole = bool(((z == x) | (z.isnan() & x.isnan())).all())
     if whole:
         pass
     elif proven and not lost:
@@ -122,8 +129,8 @@ def conclude(
         lost = bool((converged & ~(residual <= solver.tol * (1 + _NOISE))).any())
         more = log.evaluations < solver.max_iter
     else:
-        z, residual = iteration.last(x)
-        residual = torch.where(iteration.outcome != 0, look.residual, residual)
+        assert evaluated is not None
+        z = evaluated
     if lost and more:
         return _solve_together(solver, iteration, z, fx, residual, log)
     return solver.account(iteration, z, residual, log)

@@ -171,9 +171,6 @@ class _BroydenIteration(Books):
         found = torch.isfinite(self._best_residual)
         return torch.where(found[:, None], self._best, x), torch.where(found, self._best_residual, self.residual)
 
-    def last(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.where((self.outcome == 0)[:, None], self._x_before.to(x.dtype), x), self.residual
-
     def reset(self) -> None:
         # What is read of S and W is written before, but for zeros times what is there, which is finite.
         super().reset()

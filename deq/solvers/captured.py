@@ -132,7 +132,7 @@ class CapturedSolve:
             )
         self._solver, self._f, self._shape = solver, f, z0.shape
         self._x = z0.reshape(len(z0), -1).clone(memory_format=torch.contiguous_format)
-        self._iteration = solver.start(self._x, in_place=True)
+        self._iteration, self._evaluated = solver.start(self._x, in_place=True), torch.empty_like(self._x)
         self._count = torch.zeros((), dtype=torch.int64, device=z0.device)
         self._going = torch.ones((), dtype=torch.bool, device=z0.device)
         self._replay_solve: Work | None = None
@@ -167,6 +167,7 @@ class CapturedSolve:
     def _iterate(self) -> None:
         # Kept, and so left alone by what else is recorded: it is looked at again when the solve has ended.
         self._fx = evaluate(self._f, self._x, self._shape)
+        self._evaluated.copy_(self._x)
         self._iteration.step(self._x, self._fx, None)
 
     def _look(self) -> None:
@@ -219,5 +220,5 @@ class CapturedSolve:
                     break
         log.sample_evaluations = log.evaluations * len(z0)
         # The next call writes over all of this.
-        found = conclude(self._solver, self._iteration, self._x, self._fx, log, look)
+        found = conclude(self._solver, self._iteration, self._x, self._fx, log, self._evaluated, look)
         return replace(found, z=found.z.clone(), residual=found.residual.clone())

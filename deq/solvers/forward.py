@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,8 +47,6 @@ class _ForwardIteration(Books):
     In place, the iterate evaluated is copied aside instead.
     """
 
-    best_is_last: ClassVar[bool] = True
-
     def __init__(self, x: Tensor, solver: Forward, in_place: bool) -> None:
         super().__init__(x, solver)
         self._beta, self._in_place = solver.beta, in_place
@@ -74,5 +71,3 @@ class _ForwardIteration(Books):
         # Samples that were left out are frozen, at the iterate that they were last evaluated at.
         z = self._evaluated if self._index is None else x.index_copy(0, self._index, self._evaluated)
         return z, self.residual
-
-    last = best

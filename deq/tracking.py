@@ -64,6 +64,9 @@ _GRACE = 15.0
 _unreachable: set[str] = set()
 """Addresses of W&B that this process has waited for in vain: the next job of a sweep does not wait again."""
 
+_left_out: set[str] = set()
+"""Variables that W&B does not take. Who set an address, say, does not want the next job at W&B's own either."""
+
 
 @dataclass(frozen=True)
 class WandbOptions:
@@ -334,8 +337,8 @@ class _Wandb:
             except BaseException as error:  # a SystemExit, too, would end this thread without a word
                 outcome["error"] = error
 
-        # Online W&B has the same limit, and is given the time to say so.
-        seconds = self._timeout + (0 if self._mode == "offline" else _GRACE)
+        # Online W&B has the same limit for these two, and is given the time to say so.
+        seconds = self._timeout + (_GRACE if self._mode != "offline" and what in ("start", "finish") else 0)
         # In a thread, because a call that hangs can be left alone but not be ended.
         thread = threading.Thread(target=work, name=f"wandb-{what}", daemon=True)
         thread.start()
@@ -378,8 +381,8 @@ def _begin(
         "init_timeout": options.timeout,
         "finish_timeout": options.timeout,
     }
-    whole = _look_at_environment(ours, warn)
-    mode = "online" if whole and wanted != "offline" else "offline"
+    _look_at_environment(ours, warn)
+    mode = "offline" if wanted == "offline" or _left_out else "online"
     # W&B's own reading of its environment variables and settings files; the mode is decided here.
     theirs = wandb.setup(wandb.Settings(silent=True, mode=mode)).settings  # type: ignore[arg-type]
     if group is not None and theirs.run_id is not None:
@@ -405,7 +408,7 @@ def _begin(
         except _StayOffline as why:
             if str(why):
                 warn(str(why))
-    if theirs.resume is not None:
+    if theirs.resume in ("allow", "must"):
         warn(f"WANDB_RESUME={theirs.resume} is not used offline: only W&B's server knows how far a run has come")
     wandb.setup(wandb.Settings(silent=True, mode="offline"))
     return wandb.init(mode="offline", **arguments), "offline"
@@ -481,36 +484,36 @@ def _try_to_connect(url: str, seconds: float) -> None:
     socket.create_connection((host, port), seconds / len(addresses)).close()
 
 
-def _look_at_environment(ours: Mapping[str, Any], warn: Callable[[str], None]) -> bool:
-    """Leave out each WANDB_* variable that W&B would stop at, and tell of each that is not used. Whether none was bad.
+def _look_at_environment(ours: Mapping[str, Any], warn: Callable[[str], None]) -> None:
+    """Leave out each WANDB_* variable that W&B would stop at, and tell of each that is not used.
 
     Args:
         ours: what a run sets itself, the keys of :data:`_NOT_USED`.
     """
     import wandb
 
-    whole = True
     for name, value in sorted(os.environ.items()):
         if not name.startswith("WANDB_"):
             continue
-        if not value.strip():
-            del os.environ[name]  # as good as not set, though W&B would stop at some
-            continue
         alone = wandb.Settings()
         try:
-            alone.update_from_env_vars({name: value})
+            if value.strip():
+                alone.update_from_env_vars({name: value})
+            else:
+                del os.environ[name]  # as good as not set, though W&B would stop at some
+            _left_out.discard(name)
         except Exception as error:
-            whole = False
             del os.environ[name]
-            got = "" if "KEY" in name else f", got {value!r}"
+            _left_out.add(name)
+            given = name if "KEY" in name else f"{name}={value}"  # a secret is not shown
             warn(
-                f"{name} is left out, and this run is kept offline, since W&B does not take it ({_reason(error)}){got}"
+                f"W&B does not take {given} ({_reason(error)}); this run is kept offline without it, and so are those "
+                "after it in a sweep; mend it or unset it"
             )
             continue
         for key in alone.model_fields_set & _NOT_USED.keys():
             if getattr(alone, key) != ours[key]:
                 warn(f"{name}={value} is not used: {_NOT_USED[key]}")
-    return whole
 
 
 def _tags(given: Sequence[Any] | None) -> set[str]:

@@ -100,7 +100,7 @@ class WandbOptions:
             raise UserError(f"logger.timeout must be a number of at least 1, in seconds, got {in_yaml(timeout)}")
         project = self.project
         if project is not None and (not isinstance(project, str) or not project):
-            raise UserError(f"logger.project must be a text, such as anderson-deq, or null, got {in_yaml(project)}")
+            raise UserError(f"logger.project must be a text, such as anderson-deq, got {in_yaml(project)}")
         if project is not None and (len(project) > 128 or set(project) & set("/\\#?%:")):
             raise UserError(rf"logger.project must have at most 128 characters, none of / \ # ? % :, got {project!r}")
         for knob in ("group", "name"):
@@ -112,9 +112,9 @@ class WandbOptions:
         if self.tags is None:
             return
         if isinstance(self.tags, str) or not isinstance(self.tags, Sequence):
-            raise UserError(f"logger.tags must be a list, such as [first,second], or null, got {in_yaml(self.tags)}")
+            raise UserError(f"logger.tags must be a list, such as [first,second], got {in_yaml(self.tags)}")
         for tag in self.tags:
-            if not 1 <= len(str(tag)) <= 64:
+            if not 1 <= len(str(tag).strip()) <= 64:
                 raise UserError(f"each of logger.tags must have 1 to 64 characters, got {str(tag)!r}")
 
 

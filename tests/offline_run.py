@@ -25,9 +25,13 @@ _WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 class OfflineRun:
     """What ``wandb sync`` would upload."""
 
+    id: str = ""
     name: str = ""
     project: str = ""
+    entity: str = ""
     group: str = ""
+    job_type: str = ""
+    notes: str = ""
     tags: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     """Nested, as it was given to W&B."""
@@ -48,21 +52,23 @@ class OfflineRun:
         return set(self.summary).union(*self.history)
 
 
-def read(folder: Path) -> OfflineRun:
-    """The one offline run in a run folder.
+def read(folder: Path, kind: str = "offline-run") -> OfflineRun:
+    """The one offline run in a run folder, or the one online run (``kind="run"``), which W&B records as well.
 
     Raises:
         ValueError: not one file, or one that is cut off or damaged.
     """
-    files = list(folder.glob("wandb/offline-run-*/*.wandb"))
+    files = list(folder.glob(f"wandb/{kind}-*/*.wandb"))
     if len(files) != 1:
-        raise ValueError(f"{folder} must hold one offline run, got {len(files)}")
+        raise ValueError(f"{folder} must hold one {kind}, got {len(files)}")
     run = OfflineRun()
     for record in records(files[0].read_bytes()):
         kind = record.WhichOneof("record_type")
         if kind == "run":
-            run.name, run.project = record.run.display_name, record.run.project
+            run.id, run.name = record.run.run_id, record.run.display_name
+            run.project, run.entity = record.run.project, record.run.entity
             run.group, run.tags = record.run.run_group, list(record.run.tags)
+            run.job_type, run.notes = record.run.job_type, record.run.notes
             _update(run.config, record.run.config.update)
         elif kind == "config":
             _update(run.config, record.config.update)

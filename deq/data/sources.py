@@ -11,17 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, ImageFolder
 
+from deq.data import picture
 from deq.data.images import ImageData, Split
+from deq.data.picture import Pixels
 from deq.errors import UserError, first_line, in_yaml
 from deq.files import write_atomically
 
 _DOWNLOAD_TIMEOUT_S = 30
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 
 
 def digits(augment: str = "none", train_size: int | None = None, test_size: int | None = None) -> ImageData:
@@ -136,9 +137,13 @@ def _decoded(found: ImageFolder, cache: Path, image_size: int | None) -> Split:
         content = torch.load(file, weights_only=True)
         return Split(content["images"], content["labels"])
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        images = list(pool.map(lambda path: _read(path, image_size), paths))
-    sizes = {image.shape for image in images}
-    if len(sizes) > 1 or any(height != width for height, width, _ in sizes):
+        results = list(pool.map(lambda path: _read(path, image_size), paths))
+    images = [one for one in results if not isinstance(one, UserError)]
+    refused = [one for one in results if isinstance(one, UserError)]
+    if refused:
+        more = f" (and {len(refused) - 1} more files of {found.root} cannot be used)" if refused[1:] else ""
+        raise UserError(f"{refused[0]}{more}") from refused[0]
+    if any(image.shape != images[0].shape or image.shape[0] != image.shape[1] for image in images):
         odd = next(
             (path, image)
             for path, image in zip(paths, images, strict=True)
@@ -157,21 +162,11 @@ def _decoded(found: ImageFolder, cache: Path, image_size: int | None) -> Split:
     return split
 
 
-def _read(path: Path, image_size: int | None) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """One image as (H, W, 3) uint8."""
+def _read(path: Path, image_size: int | None) -> Pixels | UserError:
     try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except OSError as error:
-        raise UserError(f"{path} is not a readable image ({first_line(error)}); mend it or take it away") from error
-    if image_size is not None:
-        scale = image_size / min(image.size)
-        image = image.resize(
-            (max(image_size, round(image.width * scale)), max(image_size, round(image.height * scale)))
-        )
-        left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
-        image = image.crop((left, top, left + image_size, top + image_size))
-    return np.asarray(image, dtype=np.uint8)
+        return picture.read(path, image_size)
+    except UserError as error:
+        return error
 
 
 def _pixels(split: Split) -> str:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deq.data import Batches, cifar10, digits, image_folder, sources
+from deq.data import Batches, ImageData, cifar10, digits, image_folder, picture, sources
 from deq.errors import UserError
 
 
@@ -24,6 +29,73 @@ def folder_of_images(root: Path, size: int = 8, classes: tuple[str, ...] = ("cat
                 pixels = np.full((size, size, 3), 100 * label + 10 * number, dtype=np.uint8)
                 Image.fromarray(pixels).save(root / part / name / f"{number}.png")
     return root
+
+
+def read(root: Path, **options: Any) -> ImageData:
+    """The folder with a cache beside it; a warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return image_folder(str(root), str(root.parent / "cache"), **options)
+
+
+def read_and_told(root: Path) -> tuple[ImageData, list[str]]:
+    """The folder, and the warnings on the way."""
+    with warnings.catch_warnings(record=True) as told:
+        data = image_folder(str(root), str(root.parent / "cache"))
+    return data, [str(warning.message) for warning in told]
+
+
+def refusal(root: Path, **options: Any) -> str:
+    """The one sentence with which the folder is refused."""
+    with pytest.raises(UserError) as caught:
+        image_folder(str(root), str(root.parent / "cache"), **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def plain(mode: str, *value: int | float, size: tuple[int, int] = (8, 8), palette: list[int] | None = None) -> Any:
+    """An image of one value."""
+    image = Image.new(mode, size, value if len(value) > 1 else value[0])
+    if palette is not None:
+        image.putpalette(palette)
+    return image
+
+
+def tiff(
+    values: bytes, bits: int, *, kind: int = 1, white: int = 1, channels: int = 1, extra: int | None = None
+) -> bytes:
+    """A TIFF of one row of two pixels, with what Pillow reads but does not write.
+
+    kind: 1 for unsigned, 2 for signed numbers; white: whether it is the greatest value or 0; extra: 0 where the
+    channels beyond a colour are of no stated meaning, 1 where the last one is an alpha that the others are
+    multiplied with.
+    """
+    tags = {256: 2, 257: 1, 259: 1, 262: white, 273: 0, 277: channels, 278: 1, 279: len(values), 339: kind}
+    tags |= {} if extra is None else {338: extra}
+    start = 8 + 2 + 12 * (len(tags) + 1) + 4
+    after = start + len(values)  # the bits of each channel, where they do not fit into the entry
+    entries = [(tag, 3, 1, start if tag == 273 else value) for tag, value in tags.items()]
+    entries.append((258, 3, channels, after if channels > 2 else bits * 0x10001))
+    directory = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    return head + directory + struct.pack("<I", 0) + values + struct.pack(f"<{channels}H", *[bits] * channels)
+
+
+def png(depth: int, colour: int, row: bytes, key: bytes) -> bytes:
+    """A PNG of one row of one pixel, with a value or colour that stands for nothing."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 1, 1, depth, colour, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"tRNS", key), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in chunks)
 
 
 def test_digits_are_split_class_by_class_and_the_same_each_time() -> None:
@@ -142,6 +214,204 @@ def test_classes_that_only_one_part_has_are_named(tmp_path: Path) -> None:
     (root / "test" / "dog").rename(root / "test" / "fox")
     with pytest.raises(UserError, match=r"only one has dog, fox"):
         image_folder(str(root), str(tmp_path / "cache"))
+
+
+# Pixels: each mode with its own black and white.
+
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+SIXTEEN_BIT: dict[str, Callable[[int], bytes]] = {
+    "png": lambda grey: encoded(Image.fromarray(np.full((8, 8), grey * 257, np.uint16)), "PNG"),
+    "tif": lambda grey: encoded(Image.fromarray(np.full((8, 8), grey * 257, np.uint16)), "TIFF"),
+    "tiff": lambda grey: encoded(plain("I;16B", grey * 257), "TIFF"),  # the most significant byte first
+    "ppm": lambda grey: encoded(plain("I;16", grey * 257), "PPM"),
+    "pgm": lambda grey: b"P5 1 1 1020\n" + struct.pack(">H", grey * 4),  # white is what the file says
+}
+
+
+@pytest.mark.parametrize("kind", SIXTEEN_BIT)
+def test_sixteen_bit_grey_keeps_its_brightness(tmp_path: Path, kind: str) -> None:
+    for part in ("train", "test"):
+        for name, grey in (("cat", 39), ("dog", 117)):
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for number in range(2):
+                (folder / f"{number}.{kind}").write_bytes(SIXTEEN_BIT[kind](grey))
+    split = read(tmp_path / "images").train
+    means = [split.images[split.labels == label].float().mean().item() for label in (0, 1)]
+    assert means == [39, 117]
+
+
+def test_sixteen_bit_black_and_white_are_black_and_white_and_the_rest_is_rounded(tmp_path: Path) -> None:
+    values = np.array([[0, 128, 129, 32767, 65406, 65535]], np.uint16)
+    (tmp_path / "grey.png").write_bytes(encoded(Image.fromarray(values), "PNG"))
+    assert picture.read(tmp_path / "grey.png", None)[0, :, 0].tolist() == [0, 0, 1, 127, 254, 255]
+
+
+EIGHT_BIT = {
+    "1": (encoded(plain("1", 1), "PNG"), (255, 255, 255)),
+    "L": (encoded(plain("L", 77), "PNG"), (77, 77, 77)),
+    "L of 4 bits": (tiff(b"\x55", 4), (85, 85, 85)),
+    "La, opaque": (tiff(b"\x4d\xff" * 2, 8, channels=2, extra=1), (77, 77, 77)),
+    "LA, opaque": (encoded(plain("LA", 77, 255), "PNG"), (77, 77, 77)),
+    "P": (encoded(plain("P", 1, palette=[0, 0, 0, 200, 100, 50]), "PNG"), (200, 100, 50)),
+    "P with a transparent colour that no pixel has": (
+        encoded(plain("P", 1, palette=[0, 0, 0, 200, 100, 50]), "PNG", transparency=0),
+        (200, 100, 50),
+    ),
+    "PA, opaque": (encoded(plain("PA", 1, 255, palette=[0, 0, 0, 200, 100, 50]), "TIFF"), (200, 100, 50)),
+    "RGB": (encoded(plain("RGB", 200, 100, 50), "PNG"), (200, 100, 50)),
+    "RGB of 16 bits": (tiff(struct.pack("<6H", *[200 * 257, 100 * 257, 50 * 257] * 2), 16, white=2, channels=3),
+                       (200, 100, 50)),
+    "RGBA, opaque": (encoded(plain("RGBA", 200, 100, 50, 255), "PNG"), (200, 100, 50)),
+    "CMYK": (encoded(plain("CMYK", 0, 0, 0, 178), "JPEG"), (77, 77, 77)),
+    "YCbCr": (encoded(plain("YCbCr", 77, 128, 128), "TIFF"), (77, 77, 77)),
+    "LAB": (encoded(plain("LAB", 128, 128, 128), "TIFF"), (119, 119, 119)),
+    "I;16 of 12 bits": (tiff(b"\x7f\xf7\xff", 12), (127, 127, 127)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", EIGHT_BIT)
+def test_every_mode_is_read_with_its_own_black_and_white(tmp_path: Path, mode: str) -> None:
+    content, colour = EIGHT_BIT[mode]
+    (tmp_path / "image").write_bytes(content)
+    with Image.open(tmp_path / "image") as opened:
+        assert opened.mode == mode.split()[0].rstrip(",")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = picture.read(tmp_path / "image", None)
+    assert pixels.dtype == np.uint8
+    assert np.unique(pixels.reshape(-1, 3), axis=0).tolist() == [list(colour)]
+
+
+def test_no_mode_of_pillow_is_left_to_its_conversion(tmp_path: Path) -> None:
+    """A mode that no file kind here holds, and one that Pillow may learn some day."""
+    assert picture._rgb(plain("HSV", 0, 0, 77), tmp_path).getpixel((0, 0)) == (77, 77, 77)
+    image = plain("L", 77)
+    image._mode = "L;9"
+    with pytest.raises(UserError, match=r"has Pillow's mode L;9, which is not read; save it as 8-bit RGB"):
+        picture._rgb(image, tmp_path)
+
+
+RANGE_UNKNOWN = "and no file tells which of them are black and white; save it with 8 or 16 unsigned bits a channel"
+TRANSPARENT = "is transparent in places, and no file tells what is behind it; put it on a background of one colour and"
+BLACK_AND_RED = [0, 0, 0, 255, 0, 0]
+GUESSES = {
+    "float": (encoded(plain("F", 99.5), "TIFF"), f"holds floating-point numbers, {RANGE_UNKNOWN}"),
+    "float up to 1": (encoded(plain("F", 0.5), "TIFF"), f"holds floating-point numbers, {RANGE_UNKNOWN}"),
+    "not a number": (encoded(plain("F", float("nan")), "TIFF"), f"holds floating-point numbers, {RANGE_UNKNOWN}"),
+    "float in a PFM": (b"Pf 1 1 -1.0\n" + struct.pack("<f", 0.5), f"holds floating-point numbers, {RANGE_UNKNOWN}"),
+    "32 bits": (tiff(struct.pack("<2I", 9, 9), 32), f"holds 32-bit integers, {RANGE_UNKNOWN}"),
+    "signed 32 bits": (encoded(plain("I", 70_000), "TIFF"), f"holds signed integers, {RANGE_UNKNOWN}"),
+    "signed 16 bits": (tiff(struct.pack("<2h", -9, 9), 16, kind=2), f"holds signed integers, {RANGE_UNKNOWN}"),
+    "signed 8 bits": (tiff(struct.pack("<2b", -9, 9), 8, kind=2), f"holds signed integers, {RANGE_UNKNOWN}"),
+    "16 bits, white first": (tiff(bytes(4), 16, white=0), "holds 16-bit values of which 0 is white; save it with 0 as"),
+    "a fourth channel": (
+        tiff(bytes(8), 8, white=2, channels=4, extra=0),
+        "holds 4 channels, of which 3 would be read; save it as 8-bit RGB",
+    ),
+    "a second channel": (
+        tiff(bytes(4), 8, channels=2, extra=0),
+        "holds 2 channels, of which 1 would be read; save it as 8-bit RGB",
+    ),
+    **{
+        f"frames in a {kind}": (
+            encoded(PHOTO.rotate(180), kind, save_all=True, append_images=[PHOTO, PHOTO.rotate(90)]),
+            "holds 3 frames and must hold 1; save each that is meant as a file of its own",
+        )
+        for kind in ("PNG", "TIFF", "WEBP", "GIF")
+    },
+    "RGBA": (encoded(plain("RGBA", 9, 9, 9, 254), "PNG"), TRANSPARENT),
+    "LA": (encoded(plain("LA", 9, 0), "PNG"), TRANSPARENT),
+    "La": (tiff(b"\x05\x80" * 2, 8, channels=2, extra=1), TRANSPARENT),
+    "PA": (encoded(plain("PA", 1, 0, palette=BLACK_AND_RED), "TIFF"), TRANSPARENT),
+    "P with one colour": (encoded(plain("P", 1, palette=BLACK_AND_RED), "PNG", transparency=1), TRANSPARENT),
+    "P with alphas": (encoded(plain("P", 1, palette=BLACK_AND_RED), "PNG", transparency=b"\xff\x80"), TRANSPARENT),
+    "L with a key": (encoded(plain("L", 9), "PNG", transparency=9), TRANSPARENT),
+    "RGB with a key": (encoded(plain("RGB", 1, 2, 3), "PNG", transparency=(1, 2, 3)), TRANSPARENT),
+    "16 bits with a key": (png(16, 0, b"\x12\x34", b"\x12\x34"), TRANSPARENT),
+    "16-bit RGB with a key": (png(16, 2, b"\x12\x34" * 3, b"\x12\x34" * 3), TRANSPARENT),
+    "WebP": (encoded(plain("RGBA", 9, 9, 9, 0), "WEBP", lossless=True), TRANSPARENT),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("guess", GUESSES)
+def test_pixels_that_would_be_a_guess_are_refused_by_name(tmp_path: Path, guess: str) -> None:
+    content, sentence = GUESSES[guess]
+    root = folder_of_images(tmp_path / "images")
+    file = root / "train" / "dog" / "1.png"
+    file.write_bytes(content)
+    assert refusal(root).startswith(f"{file} {sentence}")
+
+
+def test_a_key_that_no_sixteen_bit_pixel_has_is_no_transparency(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(png(16, 0, struct.pack(">H", 39 * 257), struct.pack(">H", 39 * 257 + 1)))
+    assert picture.read(tmp_path / "image", None).tolist() == [[[39, 39, 39]]]
+
+
+def test_a_cameras_jpeg_with_previews_behind_it_is_its_picture(tmp_path: Path) -> None:
+    photo = encoded(plain("RGB", 90, 90, 90), "MPO", save_all=True, append_images=[plain("RGB", 9, 9, 9)])
+    (tmp_path / "photo.jpg").write_bytes(photo)
+    assert np.unique(picture.read(tmp_path / "photo.jpg", None)).tolist() == [90]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_a_photo_taken_with_the_camera_on_its_side_is_upright(tmp_path: Path, kind: str) -> None:
+    stored = np.zeros((16, 16, 3), np.uint8)
+    stored[:, :8] = 255  # the left half is white …
+    exif = Image.Exif()
+    exif[0x112] = 6  # … and is the upper one when turned to the right
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    (tmp_path / "photo").write_bytes(encoded(Image.fromarray(stored), kind, exif=exif, **lossless))
+    pixels = picture.read(tmp_path / "photo", None)[:, :, 0]
+    assert pixels[:8].min() > 250
+    assert pixels[8:].max() < 5
+
+
+BROKEN = {
+    "nothing": (b"", r"it has 0 bytes"),
+    "a page of text": (b"version https://git-lfs.github.com/spec/v1\n", "its content is of no kind that Pillow knows"),
+    **{
+        f"half a {kind}": ((whole := encoded(PHOTO, kind))[: len(whole) // 2], "")
+        for kind in ("PNG", "JPEG", "BMP", "TIFF", "PPM", "WEBP")
+    },
+    "a JPEG without its last byte": (encoded(PHOTO, "JPEG")[:-1], "image file is truncated"),
+    "the first bytes of a PNG": (encoded(PHOTO, "PNG")[:20], "Truncated File Read"),
+    "a PNG with a byte changed": (
+        (whole := encoded(PHOTO, "PNG"))[:6000] + bytes([whole[6000] ^ 255]) + whole[6001:],
+        "",
+    ),
+    "a PNG with a header of another image": (encoded(PHOTO, "PNG").replace(b"IHDR", b"IHDX", 1), ""),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_image_is_refused_by_name(tmp_path: Path, fault: str) -> None:
+    content, reason = BROKEN[fault]
+    root = folder_of_images(tmp_path / "images")
+    file = root / "test" / "cat" / "1.png"
+    file.write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's own, of what else is amiss
+        sentence = refusal(root)
+    assert sentence.startswith(f"{file} is not a readable image ({reason}")
+    assert sentence.endswith("); mend it or take it away")
+
+
+def test_an_image_too_large_to_be_true_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder_of_images(tmp_path / "images")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)
+    assert "train/cat/0.png is not a readable image (Image size (64 pixels) exceeds limit of" in refusal(root)
+
+
+def test_how_many_more_images_cannot_be_used_is_told_with_the_first(tmp_path: Path) -> None:
+    root = folder_of_images(tmp_path / "images")
+    for name in ("cat/1.png", "dog/0.png", "dog/2.png"):
+        (root / "train" / name).write_bytes(b"")
+    assert refusal(root) == (
+        f"{root}/train/cat/1.png is not a readable image (it has 0 bytes); mend it or take it away "
+        f"(and 2 more files of {root}/train cannot be used)"
+    )
 
 
 def test_cifar10_without_a_network_says_what_to_put_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import struct
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from deq.data import Batches, ImageData, cifar10, digits, image_folder, picture, sources
 from deq.errors import UserError
@@ -412,6 +414,184 @@ def test_how_many_more_images_cannot_be_used_is_told_with_the_first(tmp_path: Pa
         f"{root}/train/cat/1.png is not a readable image (it has 0 bytes); mend it or take it away "
         f"(and 2 more files of {root}/train cannot be used)"
     )
+
+
+# Folders: what is a class, and what is left out.
+
+ONLY = "only .bmp, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff or .webp files in"
+
+
+def test_a_folder_of_images_alone_is_read_without_a_word(tmp_path: Path) -> None:
+    assert len(read(folder_of_images(tmp_path / "images")).train) == 6
+
+
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", ".git", "__MACOSX", "@eaDir"])
+def test_a_hidden_folder_is_no_class_and_its_images_are_not_read(tmp_path: Path, name: str) -> None:
+    root = folder_of_images(tmp_path / "images", classes=("cat", "dog", name))
+    within = root / "train" / "cat" / name
+    (root / "train" / name).rename(within)
+    data, told = read_and_told(root)
+    assert data.classes == ("cat", "dog")
+    assert (len(data.train), len(data.test)) == (6, 4)
+    assert [sentence.split(";")[0] for sentence in told] == [
+        f"data.root={root}: left out of {part}/ are hidden folders (1)" for part in ("train", "test")
+    ]
+
+
+@pytest.mark.parametrize("name", ["._0.png", ".DS_Store", "Thumbs.db", "desktop.ini", ".0.png.swp"])
+def test_a_hidden_file_is_no_image(tmp_path: Path, name: str) -> None:
+    root = folder_of_images(tmp_path / "images")
+    (root / "train" / "cat" / name).write_bytes(b"\0\5\x16\7")
+    (root / "train" / name).write_bytes(b"\0\5\x16\7")
+    data, told = read_and_told(root)
+    assert data.train.images[:, 0, 0, 0].tolist() == [0, 10, 20, 100, 110, 120]
+    assert told == [
+        f"data.root={root}: left out of train/ are hidden files (2); {ONLY} train/<class>/ are read, so convert or "
+        f"move there what should be used"
+    ]
+
+
+def test_what_is_left_out_is_counted_and_told_each_time(tmp_path: Path) -> None:
+    root = folder_of_images(tmp_path / "images")
+    for name in ("cat/a.gif", "cat/b.GIF", "dog/c.gif", "dog/labels.csv", "dog/README", "stray.png", "cat/more/d.npy"):
+        (root / "train" / name).parent.mkdir(exist_ok=True)
+        (root / "train" / name).write_bytes(b"?")
+    first, told = read_and_told(root)
+    assert told == [
+        f"data.root={root}: left out of train/ are .gif files (3), .csv files (1), .npy files (1), files outside the "
+        f"class folders (1), files without an ending (1); {ONLY} train/<class>/ are read, so convert or move there "
+        f"what should be used"
+    ]
+    assert len(first.train) == 6
+    again, told_again = read_and_told(root)  # from the cache
+    assert told_again == told
+    assert torch.equal(again.train.images, first.train.images)
+
+
+def test_of_many_kinds_the_most_frequent_are_told_and_the_others_counted(tmp_path: Path) -> None:
+    root = folder_of_images(tmp_path / "images")
+    for number in range(30):
+        (root / "test" / "cat" / f"volume.{number:03}").touch()
+    for number in range(3):
+        (root / "test" / "dog" / f"{number}.gif").touch()
+    _, (sentence,) = read_and_told(root)
+    assert sentence.startswith(f"data.root={root}: left out of test/ are .gif files (3), .000 files (1), ")
+    assert "others (23); only" in sentence
+
+
+def test_images_lie_in_the_order_of_torchvisions_image_folder(tmp_path: Path) -> None:
+    root = folder_of_images(tmp_path / "images", classes=("a-b", "a", "B"))
+    for number, name in enumerate(("a/sub/9.png", "a/sub-a/9.png", "a/sub/deep/1.PNG", "B/10.png")):
+        (root / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "train" / name).write_bytes(encoded(plain("RGB", 200 + number, 0, 0), "PNG"))
+    theirs = ImageFolder(str(root / "train"))
+    ours = read(root)
+    assert ours.classes == tuple(theirs.classes)
+    assert ours.train.labels.tolist() == theirs.targets
+    assert ours.train.images[:, 0, 0, 0].tolist() == [theirs[index][0].getpixel((0, 0))[0] for index in range(13)]
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "../dog/within"])
+def test_a_link_in_a_circle_does_not_multiply_the_images(tmp_path: Path, target: str) -> None:
+    root = folder_of_images(tmp_path / "images")
+    (root / "train" / "dog" / "within").symlink_to(root / "train" / "cat")  # and so it is for a link back to this one
+    for file in (root / "train" / "cat").iterdir():
+        (root / "train" / "dog" / f"linked {file.name}").symlink_to(file)
+    (root / "train" / "cat" / "back").symlink_to(target, target_is_directory=True)
+    data, (sentence,) = read_and_told(root)
+    # cat: its 3; dog: its 3, 3 links to files, and the 3 in the folder linked to.
+    assert torch.bincount(data.train.labels).tolist() == [3, 9]
+    assert sentence.split(";")[0] == f"data.root={root}: left out of train/ are links to a folder around them (2)"
+
+
+def test_a_class_folder_may_be_a_link(tmp_path: Path) -> None:
+    root = folder_of_images(tmp_path / "images")
+    (root / "train" / "dog").rename(tmp_path / "elsewhere")
+    (root / "train" / "dog").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert read(root).train.images[:, 0, 0, 0].tolist() == [0, 10, 20, 100, 110, 120]
+
+
+@pytest.mark.parametrize("place", ["train/cat/9.png", "train/fox"])
+def test_a_link_that_leads_nowhere_is_refused_by_name(tmp_path: Path, place: str) -> None:
+    root = folder_of_images(tmp_path / "images")
+    (root / place).symlink_to(tmp_path / "a disk that is not there")
+    assert refusal(root) == f"{root / place} cannot be read (a link that leads nowhere); mend it or take it away"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_left_out_and_not_waited_for(tmp_path: Path) -> None:
+    root = folder_of_images(tmp_path / "images")
+    os.mkfifo(root / "train" / "cat" / "9.png")
+    data, (sentence,) = read_and_told(root)
+    assert len(data.train) == 6
+    assert "left out of train/ are pipes and devices (1); " in sentence
+
+
+def test_a_folder_without_permission_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder_of_images(tmp_path / "images")
+    scandir = os.scandir
+
+    def locked(path: Any) -> Any:  # as root, who may run the tests, everything can be read
+        if Path(path).name == "dog":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    sentence = refusal(root)
+    assert sentence == f"{root}/train/dog cannot be read (Permission denied); mend it or take it away"
+
+
+def test_a_file_without_permission_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder_of_images(tmp_path / "images")
+
+    def locked(path: Path) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Image, "open", locked)
+    assert "train/cat/0.png is not a readable image (Permission denied); mend it or take it away" in refusal(root)
+
+
+def test_a_class_without_an_image_is_named_with_what_is_read(tmp_path: Path) -> None:
+    root = folder_of_images(tmp_path / "images")
+    for part in ("train", "test"):
+        (root / part / "fox").mkdir()
+        (root / part / "fox" / "0.gif").touch()
+    assert refusal(root) == (
+        f"data.root={root}: train/ holds no .bmp, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff or .webp file in fox; put "
+        f"images there, or take the class away from train/ and test/"
+    )
+
+
+def test_a_part_without_a_class_is_named(tmp_path: Path) -> None:
+    root = folder_of_images(tmp_path / "images", classes=(".hidden",))
+    assert refusal(root).startswith(f"data.root={root}: train/ holds no class folder; data.root must hold train/ and")
+
+
+def test_a_name_that_is_no_text_is_read_like_any_other(tmp_path: Path) -> None:
+    root = folder_of_images(tmp_path / "images")
+    try:
+        (root / "train" / "cat" / "0.png").rename(root / "train" / "cat" / os.fsdecode(b"\xff\xfe.png"))
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    assert sorted(read(root).train.images[:3, 0, 0, 0].tolist()) == [0, 10, 20]
+
+
+def test_a_root_that_reads_as_a_number_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder_of_images(tmp_path / "2024")
+    monkeypatch.chdir(tmp_path)
+    assert len(image_folder(2024, "cache").train) == 6  # type: ignore[arg-type]  # as Hydra passes data.root=2024
+
+
+def test_folders_that_are_not_given_or_not_there_are_named(tmp_path: Path) -> None:
+    root = str(folder_of_images(tmp_path / "images"))
+    with pytest.raises(UserError, match=r"^data.cache_dir is not set; give data.cache_dir=DIR, where decoded images"):
+        image_folder(root, None)  # type: ignore[arg-type]
+    with pytest.raises(
+        UserError, match=r"^data.root=~no_such_user/x: there is no such home folder; give data.root=DIR"
+    ):
+        image_folder("~no_such_user/x", root)
+    with pytest.raises(UserError, match=r"^data.root is not set; give data.root=DIR, where CIFAR-10 is or shall be"):
+        cifar10(None)  # type: ignore[arg-type]
 
 
 def test_cifar10_without_a_network_says_what_to_put_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

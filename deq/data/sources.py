@@ -17,11 +17,11 @@ from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10
 
 from deq.data import picture
+from deq.data.cache import cached
 from deq.data.images import ImageData, Split
 from deq.data.listing import Listing, listed, readable
 from deq.data.picture import Pixels
 from deq.errors import UserError, first_line, in_yaml
-from deq.files import write_atomically
 
 _DOWNLOAD_TIMEOUT_S = 30
 _CACHE_FORMAT = 2
@@ -141,17 +141,9 @@ def _folder(knob: str, value: object, meaning: str) -> Path:
 def _decoded(listing: Listing, cache: Path, image_size: int | None) -> Split:
     """The images of a listed folder, from the cache where they are in it unchanged."""
     key = listing.fingerprint(_CACHE_FORMAT, PIL.__version__, image_size)
-    file = cache / f"{listing.folder.resolve().parent.name[:40]}-{listing.folder.name}-{key[:20]}.pt"
-    if file.is_file():
-        content = torch.load(file, weights_only=True)
-        return Split(content["images"], content["labels"])
-    split = Split(torch.from_numpy(_decode(listing, image_size)), torch.tensor(listing.labels))
-    content = {"images": split.images, "labels": split.labels}
-    try:
-        write_atomically(file, lambda opened: torch.save(content, opened))
-    except OSError as error:
-        raise UserError(f"data.cache_dir={cache} cannot be written ({error.strerror}); name another folder") from error
-    return split
+    file = cache / f"{listing.folder.resolve().parent.name[:40]}-{listing.folder.name}-{key[:20]}.npz"
+    images = cached(file, key, len(listing.samples), lambda: _decode(listing, image_size))
+    return Split(torch.from_numpy(images), torch.tensor(listing.labels))
 
 
 def _decode(listing: Listing, image_size: int | None) -> Pixels:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import pickle
 import struct
 import warnings
 import zlib
@@ -592,6 +593,157 @@ def test_folders_that_are_not_given_or_not_there_are_named(tmp_path: Path) -> No
         image_folder("~no_such_user/x", root)
     with pytest.raises(UserError, match=r"^data.root is not set; give data.root=DIR, where CIFAR-10 is or shall be"):
         cifar10(None)  # type: ignore[arg-type]
+
+
+# The cache: of these very files and whole, or made again.
+
+
+class Intruder:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+def pickled(file: Path) -> None:
+    file.write_bytes(pickle.dumps(Intruder(file.parent / "intruded")))
+
+
+def with_an_intruder(file: Path) -> None:
+    key = np.load(file)["key"]
+    np.savez(file, key=key, images=np.array([Intruder(file.parent / "intruded")] * 6, dtype=object))
+
+
+def rewritten(file: Path, **changes: Any) -> None:
+    with np.load(file) as content:
+        arrays = {name: content[name] for name in content.files}
+    arrays |= changes
+    np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
+
+
+BREAKS: dict[str, Callable[[Path], object]] = {
+    "zero bytes": lambda file: file.write_bytes(b""),
+    "cut short": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "without its last byte": lambda file: os.truncate(file, file.stat().st_size - 1),
+    "a byte changed": lambda file: file.write_bytes(
+        file.read_bytes().replace(b"n" * 64, b"n" * 63 + b"?", 1)
+    ),  # n: 110
+    "text": lambda file: file.write_text("images"),
+    "a pickle": pickled,
+    "pickled arrays": with_an_intruder,
+    "torch's format, as earlier versions wrote": lambda file: torch.save({"images": torch.zeros(6, 3, 8, 8)}, file),
+    "one bare array": lambda file: np.save(file.open("wb"), np.zeros((6, 3, 8, 8), np.uint8)),
+    "no images": lambda file: rewritten(file, images=None),
+    "images of other files": lambda file: rewritten(file, key=np.array("0" * 64)),
+    "too few images": lambda file: rewritten(file, images=np.zeros((5, 3, 8, 8), np.uint8)),
+    "one channel": lambda file: rewritten(file, images=np.zeros((6, 1, 8, 8), np.uint8)),
+    "not square": lambda file: rewritten(file, images=np.zeros((6, 3, 8, 9), np.uint8)),
+    "flat": lambda file: rewritten(file, images=np.zeros(6 * 3 * 64, np.uint8)),
+    "numbers of another kind": lambda file: rewritten(file, images=np.zeros((6, 3, 8, 8), np.float32)),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_cache_is_made_again_and_runs_nothing(tmp_path: Path, name: str) -> None:
+    root = folder_of_images(tmp_path / "images")
+    first = read(root)
+    (file,) = (tmp_path / "cache").glob("images-train-*.npz")
+    whole = file.read_bytes()
+    BREAKS[name](file)
+    assert file.read_bytes() != whole
+    again, told = read_and_told(root)
+    assert told == [f"the cache file {file} is broken or not of these images, and is made again"]
+    assert torch.equal(again.train.images, first.train.images)
+    assert torch.equal(read(root).train.images, first.train.images)  # without a word, from the new file
+    assert not (tmp_path / "cache" / "intruded").exists()
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_change_that_hides_its_size_and_time_is_seen(tmp_path: Path) -> None:
+    root = folder_of_images(tmp_path / "images")
+    file = root / "train" / "cat" / "0.png"
+    file.write_bytes(encoded(plain("RGB", 5, 5, 5), "BMP"))
+    before = file.stat()
+    assert read(root).train.images[0, 0, 0, 0] == 5
+    while file.stat().st_ctime_ns == before.st_ctime_ns:  # the file system's clock may tick only every few milliseconds
+        file.write_bytes(encoded(plain("RGB", 7, 7, 7), "BMP"))
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert read(root).train.images[0, 0, 0, 0] == 7
+
+
+def test_images_decoded_by_another_pillow_are_decoded_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder_of_images(tmp_path / "images")
+    read(root)
+    monkeypatch.setattr(sources.PIL, "__version__", "0")
+    read(root)
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+
+
+def test_a_cache_folder_that_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = folder_of_images(tmp_path / "images")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sources, "_read", lambda *_: pytest.fail("decoded in vain"))
+    for cache, reason in (("file", "File exists"), ("file/cache", "Not a directory")):
+        with pytest.raises(UserError) as caught:
+            image_folder(str(root), str(tmp_path / cache))
+        assert str(caught.value) == (
+            f"data.cache_dir={tmp_path / cache} cannot be written ({reason}); make room there or give another "
+            f"data.cache_dir=DIR"
+        )
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder_of_images(tmp_path / "images")
+
+    def full(file: Path, **_: Any) -> None:
+        assert file.parent.parent == tmp_path / "cache"  # a rename is atomic only within one file system
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    assert "cannot be written (No space left on device); make room there or give another data.cache_dir" in refusal(
+        root
+    )
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_an_interrupted_run_leaves_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder_of_images(tmp_path / "images")
+
+    def interrupted(file: Path, **_: Any) -> None:
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            read(root)
+    assert not list((tmp_path / "cache").iterdir())
+    assert len(read(root).train) == 6
+
+
+def test_two_processes_that_write_at_once_both_have_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder_of_images(tmp_path / "images")
+    savez, others = np.savez, []
+
+    def slowly(file: Path, **arrays: Any) -> None:
+        file.write_bytes(b"half of what is written here")
+        if not others:  # the other one comes in the middle, finds no cache, writes it, and reads it
+            others.append(None)
+            others[:] = [read(root), read(root)]
+        savez(file, **arrays)
+
+    monkeypatch.setattr(np, "savez", slowly)
+    own = read(root)
+    for other in [*others, read(root)]:
+        assert torch.equal(other.train.images, own.train.images)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_cifar10_without_a_network_says_what_to_put_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

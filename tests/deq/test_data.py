@@ -21,6 +21,7 @@ from torchvision.datasets import ImageFolder
 
 from deq.data import Batches, ImageData, cifar10, digits, image_folder, picture, sources
 from deq.errors import UserError
+from tests.test_train import TINY, train
 
 
 def folder_of_images(root: Path, size: int = 8, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
@@ -744,6 +745,26 @@ def test_two_processes_that_write_at_once_both_have_the_images(tmp_path: Path, m
     for other in [*others, read(root)]:
         assert torch.equal(other.train.images, own.train.images)
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+# As a user meets it.
+
+
+def test_the_command_line_tells_in_one_sentence_what_is_refused_and_what_is_left_out(tmp_path: Path) -> None:
+    root = folder_of_images(tmp_path / "images")
+    (root / "train" / "cat" / "a.gif").touch()
+    knobs = ["data=image_folder", "data.root=images", "data.cache_dir=cache", "model=small", "max_steps=1"]
+    tiny = [*TINY, "data.train_size=null", "data.test_size=null"]
+    run = train(*tiny, *knobs, folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == (
+        f"warning: data.root=images: left out of train/ are .gif files (1); {ONLY} train/<class>/ are read, so convert "
+        f"or move there what should be used\n"
+    )
+    (root / "test" / "dog" / "0.png").write_bytes(encoded(plain("F", 0.5), "TIFF"))
+    run = train(*tiny, *knobs, folder=tmp_path)
+    assert run.returncode == 2
+    assert run.stderr == f"error: images/test/dog/0.png holds floating-point numbers, {RANGE_UNKNOWN}\n"
 
 
 def test_cifar10_without_a_network_says_what_to_put_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import json
 import signal
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports just ends the process, without a trace
@@ -80,7 +81,10 @@ def main(config: DictConfig) -> float | tuple[float, ...]:
             display.warn(warning)
 
     torch.manual_seed(config.seed)
-    data = instantiate(config.data).to(device)
+    with catch_warnings(record=True) as told:  # of files left out
+        data = instantiate(config.data).to(device)
+    for sentence in dict.fromkeys(str(warning.message) for warning in told):
+        display.warn(sentence)
     batches = Batches(data, config.batch_size, config.seed)
     with values_of_the_user():
         model = instantiate(config.model)(

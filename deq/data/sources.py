@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import socket
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
-from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets import CIFAR10
 
+from deq.data import picture
+from deq.data.cache import cached
 from deq.data.images import ImageData, Split
+from deq.data.listing import Listing, listed, readable
+from deq.data.picture import Pixels
 from deq.errors import UserError, first_line, in_yaml
-from deq.files import write_atomically
 
 _DOWNLOAD_TIMEOUT_S = 30
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 
 
 def digits(augment: str = "none", train_size: int | None = None, test_size: int | None = None) -> ImageData:
@@ -52,7 +55,7 @@ def cifar10(root: str, augment: str = "none", train_size: int | None = None, tes
     Raises:
         UserError: not there and not to be had, with what to put where.
     """
-    folder = Path(root).expanduser()
+    folder = _folder("data.root", root, "where CIFAR-10 is or shall be downloaded to")
     try:
         with _socket_timeout(_DOWNLOAD_TIMEOUT_S):
             parts = [CIFAR10(str(folder), train=train, download=True) for train in (True, False)]
@@ -81,64 +84,83 @@ def image_folder(
 ) -> ImageData:
     """Images in ``root/train/<class>/`` and ``root/test/<class>/``, the layout of torchvision's ImageFolder.
 
-    Decoded once to RGB uint8 and cached in ``cache_dir``; the cache is keyed by every file's path, size and time
-    of change, so that a changed folder is decoded anew.
+    Decoded once to RGB uint8 and cached in ``cache_dir``; the cache is keyed by every file's path, size and times of
+    change, so that a changed folder is decoded anew, as is a cache file that is not whole.
+
+    An image of any of Pillow's modes is read with its own black and white, and turned as its camera was held; one of
+    which RGB pixels would be a guess is refused: floating-point numbers, 32-bit or signed integers, more channels than
+    a colour has, several frames, pixels that are transparent. Warns of what is left out: hidden files and folders,
+    files of other kinds or beside the class folders, links that go in a circle.
 
     Args:
         image_size: scale each image's shorter side to this many pixels and cut out the centre square; None
             takes the images as they are, which then have to be square and of one size.
 
     Raises:
-        UserError: a missing folder, or images that do not fit, with the value and the fix.
+        UserError: a missing or unreadable folder, a class without an image, images that do not fit or would be a
+            guess, a cache that cannot be written; with the value and the fix.
     """
-    if root is None:
-        raise UserError("data.root is not set; give data.root=DIR, a folder with train/ and test/ inside")
     if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1):
         raise UserError(f"data.image_size must be an integer of at least 1, or null, got {in_yaml(image_size)}")
-    folder = Path(root).expanduser()
+    folder = _folder("data.root", root, "a folder with train/ and test/ inside")
+    cache = _folder("data.cache_dir", cache_dir, "where decoded images are kept")
     for needed in (folder, folder / "train", folder / "test"):
-        if not needed.is_dir():
+        with readable(needed):
+            there = needed.is_dir()
+        if not there:
             raise UserError(
                 f"data.root={root}: there is no folder {needed}; data.root must hold train/ and test/, each with "
                 f"one folder of images a class"
             )
-    sets = [_listed(folder / part) for part in ("train", "test")]
-    if sets[0].classes != sets[1].classes:
-        odd = sorted(set(sets[0].classes) ^ set(sets[1].classes))
+    parts = [listed(folder / part) for part in ("train", "test")]
+    if parts[0].classes != parts[1].classes:
+        odd = sorted(set(parts[0].classes) ^ set(parts[1].classes))
         raise UserError(f"data.root={root}: train/ and test/ must hold the same classes; only one has {', '.join(odd)}")
-    train, test = (_decoded(found, Path(cache_dir).expanduser(), image_size) for found in sets)
+    for part in parts:
+        account = part.account()
+        if account is not None:
+            warnings.warn(account, stacklevel=2)
+    train, test = (_decoded(part, cache, image_size) for part in parts)
     if train.images.shape[1:] != test.images.shape[1:]:
         raise UserError(
             f"data.root={root}: train/ holds images of {_pixels(train)} and test/ of {_pixels(test)}; "
             f"give data.image_size=N to scale them"
         )
-    return ImageData.of(
-        train, test, tuple(sets[0].classes), augmentation=augment, train_size=train_size, test_size=test_size
-    )
+    return ImageData.of(train, test, parts[0].classes, augmentation=augment, train_size=train_size, test_size=test_size)
 
 
-def _listed(folder: Path) -> ImageFolder:
+def _folder(knob: str, value: object, meaning: str) -> Path:
+    if value is None:
+        raise UserError(f"{knob} is not set; give {knob}=DIR, {meaning}")
     try:
-        return ImageFolder(str(folder))
-    except FileNotFoundError as error:  # no class folder, or one with no image in it
-        raise UserError(f"data.root={folder.parent}: {first_line(error)}") from error
+        return Path(str(value)).expanduser()  # str, because the command line reads 2024 as a number
+    except RuntimeError as error:
+        raise UserError(f"{knob}={value}: there is no such home folder; give {knob}=DIR without ~") from error
 
 
-def _decoded(found: ImageFolder, cache: Path, image_size: int | None) -> Split:
+def _decoded(listing: Listing, cache: Path, image_size: int | None) -> Split:
     """The images of a listed folder, from the cache where they are in it unchanged."""
-    paths = [Path(path) for path, _ in found.samples]
-    key = hashlib.sha256(f"{_CACHE_FORMAT} {image_size} {Path(found.root).resolve()}\n".encode())
-    for path, label in found.samples:
-        status = Path(path).stat()
-        key.update(f"{path} {label} {status.st_size} {status.st_mtime_ns}\n".encode())
-    file = cache / f"{Path(found.root).resolve().parent.name}-{Path(found.root).name}-{key.hexdigest()[:20]}.pt"
-    if file.is_file():
-        content = torch.load(file, weights_only=True)
-        return Split(content["images"], content["labels"])
+    key = listing.fingerprint(_CACHE_FORMAT, PIL.__version__, image_size)
+    file = cache / f"{listing.folder.resolve().parent.name[:40]}-{listing.folder.name}-{key[:20]}.npz"
+    images = cached(file, key, len(listing.samples), lambda: _decode(listing, image_size))
+    return Split(torch.from_numpy(images), torch.tensor(listing.labels))
+
+
+def _decode(listing: Listing, image_size: int | None) -> Pixels:
+    """The images of a listed folder, (N, 3, S, S).
+
+    Raises:
+        UserError: an image that cannot be used, with how many more there are; or images of several sizes.
+    """
+    paths = [sample.path for sample in listing.samples]
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        images = list(pool.map(lambda path: _read(path, image_size), paths))
-    sizes = {image.shape for image in images}
-    if len(sizes) > 1 or any(height != width for height, width, _ in sizes):
+        found = list(pool.map(lambda path: _read(path, image_size), paths))
+    images = [one for one in found if not isinstance(one, UserError)]
+    refused = [one for one in found if isinstance(one, UserError)]
+    if refused:
+        more = f" (and {len(refused) - 1} more files of {listing.folder} cannot be used)" if refused[1:] else ""
+        raise UserError(f"{refused[0]}{more}") from refused[0]
+    if any(image.shape != images[0].shape or image.shape[0] != image.shape[1] for image in images):
         odd = next(
             (path, image)
             for path, image in zip(paths, images, strict=True)
@@ -148,30 +170,14 @@ def _decoded(found: ImageFolder, cache: Path, image_size: int | None) -> Split:
             f"images must be square and of one size; {odd[0]} has {odd[1].shape[1]}×{odd[1].shape[0]} pixels and the "
             f"first image has {images[0].shape[1]}×{images[0].shape[0]}; give data.image_size=N to scale them"
         )
-    split = Split(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets))
-    content = {"images": split.images, "labels": split.labels}
-    try:
-        write_atomically(file, lambda opened: torch.save(content, opened))
-    except OSError as error:
-        raise UserError(f"data.cache_dir={cache} cannot be written ({error.strerror}); name another folder") from error
-    return split
+    return np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
 
 
-def _read(path: Path, image_size: int | None) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """One image as (H, W, 3) uint8."""
+def _read(path: Path, image_size: int | None) -> Pixels | UserError:
     try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except OSError as error:
-        raise UserError(f"{path} is not a readable image ({first_line(error)}); mend it or take it away") from error
-    if image_size is not None:
-        scale = image_size / min(image.size)
-        image = image.resize(
-            (max(image_size, round(image.width * scale)), max(image_size, round(image.height * scale)))
-        )
-        left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
-        image = image.crop((left, top, left + image_size, top + image_size))
-    return np.asarray(image, dtype=np.uint8)
+        return picture.read(path, image_size)
+    except UserError as error:
+        return error
 
 
 def _pixels(split: Split) -> str:

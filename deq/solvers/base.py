@@ -17,7 +17,7 @@ from kernels.state import FAR, PATIENCE, PROGRESS, accumulator_dtype, on_device,
 from kernels.tracing import refuse_tracing, runs_as_it_is
 from kernels.window import is_real, is_whole, residual_and_size, validate_patience
 
-from .batch import Log, conclude, hold_to_the_batch
+from .batch import Log, conclude, found_coupled, go_on_together, hold_to_the_batch
 from .map import FixedPointMap, Restrict, validate_start
 from .plotting import plot_residuals
 from .state import Coordinates, Nest, flatten, unflatten
@@ -253,7 +253,7 @@ class Solver(ABC):
             raise ValueError(f"compact must be true or false, got {self.compact!r}")
         for field in fields(self):  # NumPy's numbers print, compare and pickle otherwise
             value = getattr(self, field.name)
-            if is_real(value) and not isinstance(value, int | float):
+            if is_real(value) and type(value) not in (int, float):
                 object.__setattr__(self, field.name, int(value) if is_whole(value) else float(value))
 
     @property
@@ -347,6 +347,7 @@ class Solver(ABC):
         x_all, index, part, evaluated = x, None, None, None
         iteration = self.start(x)
         moving = MovingSamples(len(z0), x.device)
+        look_at = _FIRST_LOOK
         while True:
             fx = log.evaluate(x, part)
             if log.evaluations == self.max_iter and index is None:
@@ -360,6 +361,10 @@ class Solver(ABC):
             left = moving.count(iteration.outcome)
             if left == 0:
                 break
+            if left < len(z0) and log.evaluations >= look_at and index is None:
+                look_at *= 2
+                if found_coupled(self, iteration, x, fx):
+                    return go_on_together(self, iteration, x, log)
             if self.compact and restrict is not None and left <= _COMPACT_AT * x.shape[0]:
                 x_all = _put(x_all, x, index)
                 # Samples that move come first; should one have frozen since they were counted, it is along for a while.
@@ -480,6 +485,9 @@ class Books:
         for tensor in (self.outcome, self.iterations, self._stalled, self.restarts, self.fallbacks):
             tensor.zero_()
 
+
+_FIRST_LOOK = 10
+"""Evaluations after which samples that stand still are looked at while others go on, and again after twice as many."""
 
 _COMPACT_AT = 0.75
 """Share of the samples last evaluated at which the others are left out: a new batch size costs f something, too."""

@@ -79,14 +79,15 @@ class Look:
     evaluation in which others moved, and did not notice; one is above its tolerance now."""
 
     @staticmethod
-    def at(solver: Solver, iteration: Iteration, x: Tensor, fx: Tensor, evaluations: int | Tensor) -> Look:
+    def at(solver: Solver, iteration: Iteration, x: Tensor, fx: Tensor) -> Look:
         """x: (B, d), what the last step returned, which for samples that stand still is what was evaluated."""
         outcome, told = iteration.outcome, iteration.residual
         now = residual_norm(x, fx, floor=solver.floor)
         unchanged = (now - told).abs() <= max(_ROUNDING * torch.finfo(now.dtype).eps, solver.rounding) * told
         converged = outcome == Outcome.CONVERGED
         stands = converged | (outcome == Outcome.MEAN_MET)
-        proven = unchanged & (iteration.iterations < evaluations)
+        # It stood still when another took a step.
+        proven = unchanged & (iteration.iterations < iteration.iterations.max())
         if solver.stop == "mean":
             proven = torch.zeros_like(proven)  # all stop together: nobody stood still while others moved
         lost = converged & ~unchanged & ~(now <= solver.tol * (1 + _NOISE))
@@ -108,7 +109,7 @@ def conclude(
     x: (B, d), what the last step returned. fx, evaluated: (B, d), the last evaluation, and where it was; the latter
     where no other can follow.
     """
-    look = look or Look.at(solver, iteration, x, fx, log.evaluations)
+    look = look or Look.at(solver, iteration, x, fx)
     whole, proven, lost = look.verdict.tolist()
     more = log.evaluations < solver.max_iter
     z, residual = x, look.residual
@@ -134,6 +135,19 @@ def conclude(
     if lost and more:
         return _solve_together(solver, iteration, z, fx, residual, log)
     return solver.account(iteration, z, residual, log)
+
+
+def found_coupled(solver: Solver, iteration: Iteration, x: Tensor, fx: Tensor) -> bool:
+    """Whether a sample that stands still is above its tolerance since others moved. Waits for the device."""
+    return bool(Look.at(solver, iteration, x, fx).verdict[2])
+
+
+def go_on_together(solver: Solver, iteration: Iteration, x: Tensor, log: Log) -> Solution:
+    """The rest of a solve as one system, from x, (B, d)."""
+    fx = log.evaluate(x)
+    residual = residual_norm(x, fx, floor=solver.floor)
+    log.keep(residual, lambda: x)
+    return _solve_together(solver, iteration, x, fx, residual, log)
 
 
 def _solve_together(
@@ -194,8 +208,10 @@ def hold_to_the_batch(iteration: Iteration, log: Log, restrict: Restrict, x: Ten
         log.evaluations -= 1  # not one of the batch
         alone = log.evaluate(x[sample], restrict(sample))
     except Exception as error:
-        error.add_note(f"compact=True asked f about sample {int(sample)} alone. {_SHARED}")
-        raise
+        raise ValueError(
+            f"compact=True asks f about some samples alone, but for sample {int(sample)} it then fails "
+            f"({type(error).__name__}: {error}). {_SHARED}"
+        ) from error
     difference = (alone - fx[sample]).double().norm() / fx[sample].double().norm()
     coarse = _AUTOCAST if torch.is_autocast_enabled(x.device.type) else 0.0
     if bool((difference > max(tol, _OTHER_BATCH_SIZE * torch.finfo(x.dtype).eps, coarse)) & converged.any()):

@@ -185,7 +185,7 @@ class CapturedSolve:
         self._finish()
 
     def _finish(self) -> None:
-        self._last_look = Look.at(self._solver, self._iteration, self._x, self._fx, self._count)
+        self._last_look = Look.at(self._solver, self._iteration, self._x, self._fx)
 
     @torch.no_grad()
     def __call__(self, z0: Tensor) -> Solution:

@@ -17,7 +17,7 @@ from deq import DEQ
 from deq.gradients import Implicit, JacobianFree
 from deq.solvers import Anderson, Broyden, Forward, Solver, captured
 from deq.solvers.captured import CapturedSolve, _while_nodes_available, recorder_for
-from kernels import native_backend, window
+from kernels import native_backend, residual_norm, window
 from tests.replay import ReplayingRecorder, triton_launches_are_recorded  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("triton_launches_are_recorded", "every_backend_can_be_recorded")
@@ -107,6 +107,27 @@ def test_a_recorded_solve_is_the_solve_to_the_bit_from_every_start(name: str, wh
         recorded(start)
         assert recorder.replays - before == (1 if whole else expected.evaluations)
     assert recorder.recordings == 1
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole solve", "by iterations"])
+@pytest.mark.parametrize("name", ["Anderson", "Anderson, mean", "Forward", "Forward, mean", "Broyden"])
+def test_a_recorded_solve_notices_samples_that_see_each_other(name: str, whole: bool) -> None:
+    A = torch.diag(torch.ones(5), 1)[:6, :6] * 0.4 + torch.diag(torch.ones(5), -1) * 0.4  # nodes of a path
+    source = torch.zeros(6, 2)
+    source[0] = 1
+    solver = replace(SOLVERS[name], tol=1e-3, max_iter=40)
+
+    def f(z: Tensor) -> Tensor:
+        return A @ z + source
+
+    recorded = CapturedSolve(solver, f, torch.zeros(6, 2), ReplayingRecorder(records_loops=whole))
+    for start in (torch.zeros(6, 2), torch.ones(6, 2), torch.zeros(6, 2)):
+        got = recorded(start)
+        residual = residual_norm(got.z, f(got.z))
+        assert (residual[got.converged] <= 1e-3 * (1 + 1e-4)).all()
+        assert got.evaluations <= 40
+        if solver.stop == "max":
+            assert got.converged.all()
 
 
 def test_what_a_recorded_solve_returned_stays_as_it_was() -> None:

@@ -32,6 +32,7 @@ from deq.command import (
     refuse_graphs_without_device,
     refuse_what_the_tutorial_lacks,
     resume_hint,
+    try_optimizer,
     try_solvers,
     validate,
 )
@@ -65,6 +66,8 @@ def main(config: DictConfig) -> float | tuple[float, ...]:
     probe, logger = instantiate(config.probe), instantiate(config.logger)
     stability, crossover = instantiate(config.stability), instantiate(config.crossover)
     energy_options = instantiate(config.energy) or EnergyOptions(measure=False)
+    make_optimizer = instantiate(config.optim.optimizer)
+    try_optimizer(make_optimizer)
     refuse_corrections_out_of_reach(stability, solver, config.cuda_graph)
     with values_of_the_user():
         if crossover is not None:
@@ -90,7 +93,7 @@ def main(config: DictConfig) -> float | tuple[float, ...]:
             solver=solver,
             gradient=gradient,
         ).to(device)
-    optimizer = instantiate(config.optim.optimizer)(model.parameters())
+    optimizer = make_optimizer(model.parameters())
 
     energy = EnergyMeter(energy_options, device, warn=display.warn)
     choices: Any = HydraConfig.get().runtime.choices

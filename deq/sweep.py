@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
-import re
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from deq.arguments import quoted
 from deq.errors import UserError
 from deq.files import shown, write_atomically
 
@@ -191,13 +191,6 @@ def _claim(folder: Path, jobs: list[list[str]], multirun: str) -> None:
     write_atomically(file, lambda stream: stream.write((json.dumps(content, indent=1) + "\n").encode()))
 
 
-def _quoted(value: str) -> str:
-    """As Hydra's grammar reads it back."""
-    if re.fullmatch(r"[\w./+-]+", value):
-        return value
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 def _read(file: Path) -> Any:
     try:
         return json.loads(file.read_text())
@@ -237,5 +230,5 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
                     f"resume={value} goes on with that sweep as it was begun; leave {' '.join(others)} out, or begin "
                     "another sweep"
                 )
-            return ["--multirun", *before, f"hydra.sweep.dir={_quoted(str(folder))}"]
+            return ["--multirun", *before, f"hydra.sweep.dir={quoted(str(folder))}"]
     return list(arguments)

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import hydra.conf
 from hydra._internal.utils import get_args_parser
 from hydra.conf import HydraConf
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -29,6 +30,7 @@ from deq.errors import UserError, in_yaml
 _PATHS = ("resume", "data.root", "data.cache_dir", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 _GIVEN = {"model": {"image_channels", "image_size", "classes", "solver", "gradient"}, "optim.optimizer": {"params"}}
 """Node -> parameters that train.py gives itself: those of the config would be ignored."""
+_PLUGINS = ("hydra.sweeper", "hydra.launcher")
 _HELP = "`python train.py --help` lists them"
 _FLAGS = "`python train.py --hydra-help` lists the options"
 _HYDRAS = "`python train.py --cfg hydra` shows what Hydra has"
@@ -117,9 +119,13 @@ def _refuse_what_nothing_reads(overrides: Sequence[str], names: Names) -> None:
         group = override.key_or_group
         if group in names.groups and isinstance(value, list | bool | int | float):
             raise UserError(f"{group} must be one of {', '.join(names.groups[group])}, got {in_yaml(value)}")
+        if name in _PLUGINS and not isinstance(value, dict):
+            raise UserError(f"{name} cannot be {in_yaml(value)}; write {name.replace('.', '/')}=OPTION to choose one")
         added = override.is_add() or override.is_force_add()
+        if "/" in group and added and not names.has_group(group):  # Hydra would take it for a knob of that name
+            raise UserError(names.missing(group))
         if "/" in group and not override.package:
-            continue  # Hydra knows its groups, and those of conf/ have no others inside
+            continue
         for leaf in _leaves(name, value) if isinstance(value, dict) else [name] if added or override.package else []:
             if not names.read(leaf, retargeted=targets):
                 raise UserError(names.missing(leaf))
@@ -149,7 +155,7 @@ def _reads(override: str, value: str) -> bool:
 
 def _refuse_deletion(override: Override, names: Names) -> NoReturn:
     name = (override.package or override.key_or_group).replace("/", ".")
-    if name not in names.all and not names.hydras(name):
+    if name not in names.all and not names.read(name):
         raise UserError(names.missing(name))
     instead = f", or write {name}=null" if name in names.optional else ""
     raise UserError(f"{override.input_line} deletes what the program reads; leave it out for the default{instead}")
@@ -158,7 +164,7 @@ def _refuse_deletion(override: Override, names: Names) -> NoReturn:
 def _refuse_what_is_no_path(override: Override) -> None:
     """A number, or nothing: ``2026_01_31`` is 20260131 to Hydra's grammar, and an empty path the working folder."""
     name, value, text = override.key_or_group, override.value(), override.get_value_string().strip()
-    if value == "" or (value is None and name.startswith("hydra.")):
+    if value == "" or (value is None and name != "resume"):
         raise UserError(f"{name} must be a path, got {in_yaml(value)}; leave it out for the default")
     if isinstance(value, bool | int | float) and str(value) != text:
         raise UserError(f"{name}={text} is read as the value {in_yaml(value)}; for that path write {typed(name, text)}")
@@ -196,6 +202,7 @@ class Names:
         """What may be null as a whole."""
         self._targets: dict[str, set[str]] = {}
         """Node -> the classes or functions that it is handed to, which know what they take."""
+        self._folders = (*folders, Path(hydra.conf.__file__).parent)
         for folder in folders:
             self._read(folder)
         self.all = self.knobs.keys() | self._targets.keys()
@@ -226,6 +233,10 @@ class Names:
             if isinstance(value, dict) and key != "hydra":
                 self._add_nodes(f"{name}.{key}".lstrip("."), value)
 
+    def has_group(self, name: str) -> bool:
+        """Whether it is a group of the config files or of Hydra."""
+        return name.replace("/", ".") in _PLUGINS or any((folder / name).is_dir() for folder in self._folders)
+
     def read(self, name: str, retargeted: Collection[str] = ()) -> bool:
         """Whether anything reads ``name``. retargeted: nodes whose target the command line gives."""
         if name in self.knobs or self.hydras(name):
@@ -251,8 +262,8 @@ class Names:
 
     def hydras(self, name: str) -> bool:
         """Whether it is a name in Hydra's own config."""
-        hydra, _, inside = name.partition(".")
-        if hydra != "hydra":
+        root, _, inside = name.partition(".")
+        if root != "hydra":
             return False
         try:
             if inside:
@@ -265,6 +276,8 @@ class Names:
 
     def missing(self, name: str) -> str:
         """One sentence about a name that the config chosen does not have."""
+        if name in self.knobs and not self.knobs[name] and "." not in name:  # config.yaml has it
+            return f"the config chosen has no {name}; leave --config-name and --config-path out for the default"
         if name in self.knobs and not self.knobs[name]:
             return f"{name} is a knob of {name.partition('.')[0]}, which is null here"
         if name in self.knobs:  # a knob of another option than the one chosen
@@ -274,14 +287,13 @@ class Names:
         if name.startswith("hydra."):
             close = difflib.get_close_matches(name, [f"hydra.{one}" for one in _fields(_HYDRA)], n=1)
             return f"there is no knob {name}; " + (f"did you mean {close[0]}?" if close else _HYDRAS)
-        inside = [knob for knob in sorted(self.knobs) if knob.endswith(f".{name}")]
-        close = inside or difflib.get_close_matches(name, self.all | self._neighbours(name), n=1)
-        return f"there is no knob {name}; " + (f"did you mean {close[0]}?" if close else _HELP)
-
-    def _neighbours(self, name: str) -> set[str]:
-        """What else could stand in the place of a name that a target does not take."""
         node, _ = self._node_of(name)
-        return {f"{node}.{one}" for one in (self._parameters(node) or ())} if node is not None else set()
+        parameters = sorted(f"{node}.{one}" for one in (self._parameters(node) or ())) if node is not None else []
+        inside = [knob for knob in sorted(self.knobs) if knob.endswith(f".{name}")]
+        close = inside or difflib.get_close_matches(name, {*self.all, *parameters} - {node}, n=1)
+        if close:
+            return f"there is no knob {name}; did you mean {close[0]}?"
+        return f"there is no knob {name}; " + (f"there are {', '.join(parameters)}" if parameters else _HELP)
 
     def _node_of(self, name: str) -> tuple[str | None, str]:
         """The innermost node that ``name`` is in, and what is left of the name there."""

@@ -26,6 +26,7 @@ from hydra.errors import (
     MissingConfigException,
 )
 from hydra.types import RunMode
+from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, UnsupportedInterpolationType
 
@@ -127,6 +128,8 @@ def launch(task: Task, conf: Path) -> None:
         sentence = None if full_error else _explain(error, conf)
         if isinstance(error, OSError) and error.filename and not jobs and not full_error:  # Hydra makes that folder
             sentence = f"the run folder {error.filename} cannot be made ({error.strerror}); give another hydra.run.dir"
+        if "--shell-completion" in sys.argv or "-sc" in sys.argv:  # which raises anything, and has no words
+            sentence = f"--shell-completion: {first_line(error)}; `python train.py --hydra-help` says how"
         if sentence is None:
             raise
         end(sentence)
@@ -323,13 +326,15 @@ def _check(config: DictConfig, name: str, limit: str) -> None:
         raise UserError(f"{name} must be {words}{' or null' if null else ''}, got {in_yaml(value)}")
 
 
-def try_solvers(solvers: Mapping[str, Solver], device: torch.device) -> None:
+def try_solvers(solvers: Mapping[str, Any], device: torch.device) -> None:
     """Start every solver, by its node's name, on one number on ``device``.
 
     Raises:
         UserError: its backend does not run there.
     """
     for node, solver in solvers.items():
+        if not isinstance(solver, Solver):
+            raise UserError(f"gradient.solver cannot be {in_yaml(solver)}; leave it out, and give adjoint.KNOB=VALUE")
         if isinstance(solver, TutorialSolver):
             continue  # plain PyTorch, on any device
         try:
@@ -351,6 +356,20 @@ def try_optimizer(make: Callable[..., Any]) -> None:
             f"optim.optimizer cannot be made ({first_line(error)}); mend optim.lr, optim.weight_decay or what the "
             "command line gives it with +"
         ) from error
+
+
+def build(config: DictConfig, node: str, kind: type[Any]) -> Any:
+    """What a node of the config describes.
+
+    Raises:
+        UserError: a ``_target_`` of the user's makes something else.
+    """
+    made = instantiate(config[node])
+    if not isinstance(made, kind):
+        raise UserError(
+            f"{node}._target_ must make a {kind.__name__}, got a {type(made).__name__}; leave it out for the default"
+        )
+    return made
 
 
 def pick_device(name: Any) -> torch.device:
@@ -479,7 +498,10 @@ def _explain(error: BaseException, conf: Path) -> str | None:
             return "tuning needs Optuna's sweeper, which is not installed: pip install -e '.[tune]'"
         return f"{group} must be one of {', '.join(sorted(error.options))}, got {option or in_yaml(option)}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        return f"there is no config {error.missing_cfg_file}; leave it out for the default"
+        return (
+            f"there is no config {error.missing_cfg_file}; `python train.py --info searchpath` lists the folders that "
+            "are looked into"
+        )
     if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
         return _no_null_option(Names(conf).groups)
     if isinstance(error, UserError):
@@ -510,6 +532,7 @@ def _explain_composition(error: ConfigCompositionException, conf: Path) -> str:
     there = re.match(
         r"Could not append to config. An item is already at '(?P<item>[^']+)'"
         r"|Multiple values for (?P<group>[\w/@]+)\."
+        r"|(?P<twice>[\w/@]+) appears more than once in the final defaults list"
         r"|force-add of config groups is not supported: '\++(?P<forced>[^=]+)=",
         text,
     )
@@ -534,6 +557,8 @@ def _explain_instantiation(error: InstantiationException, conf: Path) -> str | N
     target = re.match(r"Error locating target '(.+?)'", str(error))
     if target:
         return f"{node}._target_: there is no {target.group(1)} to import; leave it out for the default"
+    if node.startswith("hydra") and isinstance(cause, ValueError):
+        return str(cause)
     if cause is None or node.startswith("hydra"):  # refused by Hydra itself, or within its own part of the config
         return f"{node or 'the config'}: {' '.join(str(error).partition('full_key:')[0].split()).rstrip('.')}"
     if not isinstance(cause, UserError | ValueError | TypeError):

@@ -14,10 +14,11 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from deq import metrics
 from deq.errors import UserError, first_line
+from deq.terminal import Streams, end
 
 if TYPE_CHECKING:  # wandb-workspaces is an extra, and slow to import: build functions import it when they need it
     import wandb_workspaces.workspaces as ws
@@ -53,7 +54,6 @@ OPTIONAL = MEASURED | {"train/jacobian_penalty", "train/correction_loss", "cross
 """Names that a run with the default configuration may lack: no counter, one loss alone, no crossing."""
 
 _RUNS_ASKED = 500  # newest runs whose names are asked for; with more, older ones can only add what all of these lack
-_MISTAKE = 2  # exit status, as of train.py
 
 
 @dataclass(frozen=True)
@@ -334,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UserError(f"--timeout must be at least 1, in seconds, got {options.timeout:g}")
         print(tree() if options.dry_run else publish(options.project, options.entity, options.timeout))
     except UserError as error:
-        _end(str(error))
+        end(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -440,10 +440,7 @@ def _line(panel: Panel) -> str:
     return f"  {panel.kind:7} {panel.title}: {', '.join(panel.y)}{against}"
 
 
-def _end(sentence: str) -> NoReturn:
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
-    sys.exit(_MISTAKE)
-
-
 if __name__ == "__main__":
+    streams = Streams()
     main()
+    streams.end()

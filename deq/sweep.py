@@ -60,6 +60,12 @@ class GridSweeper(Sweeper):
         params: Mapping[str, str] | None = None,
         grids: Sequence[Grid] | None = None,
     ) -> None:
+        for name, given, each in (("params", params, [params or {}]), ("grids", grids, grids or [])):
+            if not isinstance(each, Sequence) or not all(isinstance(one, Mapping) for one in each):
+                example = "{window: '2,5'}" if name == "params" else "[{window: '2,5'}]"
+                raise ValueError(
+                    f"hydra.sweeper.{name} must be knobs with their values, such as {example}, got {given}"
+                )
         self.max_batch_size = max_batch_size
         self.params = {key: str(value) for key, value in (params or {}).items()}
         self.grids = [{key: str(value) for key, value in grid.items()} for grid in grids or ()]

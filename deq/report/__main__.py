@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +25,8 @@ from deq.report.page import page
 from deq.report.record import record
 from deq.report.runs import read
 from deq.report.tables import Table, Text, main_columns, text_of
+from deq.terminal import MISTAKE, Streams, tell
 
-_MISTAKE = 2  # exit status, the shell's convention for a wrong command line
 _WIDEST = 100
 _MOST_TRADES = 8  # rows; the page has any number
 
@@ -50,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _report(options.folder, options.out or options.folder / "report", options.target)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _MISTAKE
+        tell(str(error))
+        return MISTAKE
 
 
 def _report(folder: Path, out: Path, target: float | None) -> int:
@@ -134,4 +133,5 @@ def _print_table(console: Console, content: Table) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    streams = Streams()
+    streams.end(main())

@@ -10,6 +10,7 @@ import difflib
 import inspect
 import re
 import shlex
+import sys
 from argparse import Namespace
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -51,7 +52,10 @@ def arranged(arguments: Sequence[str], conf: Path) -> tuple[list[str], bool]:
         try:
             one.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"cannot read {one!a}: it is not UTF-8; give a name that is") from error
+            encoding = sys.getfilesystemencoding()
+            raise UserError(
+                f"cannot read {one!a}: it is no text in {encoding}; set PYTHONUTF8=1, or give another name"
+            ) from error
     names = Names(conf)
     options = _options(arguments, names)
     if options.config_path or options.config_dir:

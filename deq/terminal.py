@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import errno
 import io
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+from rich.console import Console
 from typing_extensions import Buffer
 
 MISTAKE = 2
@@ -77,6 +79,28 @@ class Streams:
         if self.lost.errno == errno.EPIPE:
             sys.exit(_READER_GONE)
         end(f"standard output cannot be written ({self.lost.strerror}); make room or write to another file")
+
+
+def console(*, stderr: bool = False, narrowest: int = 1) -> Console:
+    """Where a program prints for people.
+
+    Args:
+        narrowest: columns that what is printed needs; a narrower terminal breaks the lines itself. Rich would leave out
+            what has no room, and all of it where COLUMNS=0 says that the width is not known.
+    """
+    made = Console(stderr=stderr, highlight=False)
+    if made.width < 1:
+        made.width = 80
+    if made.width < narrowest:
+        made.width = narrowest
+    return made
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses in one sentence, as everything here does, instead of the usage and one."""
+
+    def error(self, message: str) -> NoReturn:
+        end(f"{message}; `{self.prog} --help` lists the options")
 
 
 def tell(sentence: str) -> None:

@@ -20,13 +20,13 @@ import hydra.conf
 from hydra._internal.utils import get_args_parser
 from hydra.conf import HydraConf
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from deq.errors import UserError, in_yaml
+from deq.errors import UserError, first_line, in_yaml
 
 _PATHS = ("resume", "data.root", "data.cache_dir", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 _GIVEN = {"model": {"image_channels", "image_size", "classes", "solver", "gradient"}, "optim.optimizer": {"params"}}
@@ -113,6 +113,10 @@ def _folder_of(options: Namespace, conf: Path) -> Path:
 
 def _refuse_what_nothing_reads(overrides: Sequence[str], names: Names) -> None:
     parsed = [_parsed(one) for one in overrides]
+    for override in parsed:
+        if override.key_or_group == "hydra.searchpath" and isinstance(override.value(), list):
+            for place in override.value():  # type: ignore[union-attr]  # the line above
+                names.add(Path(str(place).removeprefix("file://")))
     targets = {one.key_or_group.removesuffix("._target_") for one in parsed if one.key_or_group.endswith("._target_")}
     for override in parsed:
         name, value = override.package or override.key_or_group, override.value()
@@ -130,8 +134,11 @@ def _refuse_what_nothing_reads(overrides: Sequence[str], names: Names) -> None:
             raise UserError(names.missing(group))
         if "/" in group and not override.package:
             continue
-        for leaf in _leaves(name, value) if isinstance(value, dict) else [name] if added or override.package else []:
-            if not names.read(leaf, retargeted=targets):
+        given = [name] if added or override.package else []  # any other name Hydra looks up itself
+        for one in value.list if isinstance(value, ChoiceSweep) else [value]:
+            given += _leaves(name, one) if isinstance(one, dict) else ()
+        for leaf in given:
+            if leaf not in names.all and not names.read(leaf, retargeted=targets):
                 raise UserError(names.missing(leaf))
 
 
@@ -206,12 +213,18 @@ class Names:
         """What may be null as a whole."""
         self._targets: dict[str, set[str]] = {}
         """Node -> the classes or functions that it is handed to, which know what they take."""
-        self._folders = (*folders, Path(hydra.conf.__file__).parent)
+        self._folders = [Path(hydra.conf.__file__).parent]
         for folder in folders:
-            self._read(folder)
-        self.all = self.knobs.keys() | self._targets.keys()
+            self.add(folder)
 
-    def _read(self, folder: Path) -> None:
+    @property
+    def all(self) -> set[str]:
+        """Knobs, groups, and parts of the config that have some."""
+        return self.knobs.keys() | self._targets.keys()
+
+    def add(self, folder: Path) -> None:
+        """Read what else a folder of config files brings."""
+        self._folders.append(folder)
         main = folder / "config.yaml"
         if main.is_file():
             content = _content(main)
@@ -287,7 +300,7 @@ class Names:
         if name in self.knobs:  # a knob of another option than the one chosen
             return f"{name} is a knob of {' and '.join(sorted(self.knobs[name]))} alone"
         if self.hydras(name):  # a place for what Hydra does not know beforehand, such as hydra.job.env_set.NAME
-            return f"there is no {name} yet; write +{name} to add it"
+            return f"there is no {name} yet; write +{name}=VALUE to add it"
         if name.startswith("hydra."):
             close = difflib.get_close_matches(name, [f"hydra.{one}" for one in _fields(_HYDRA)], n=1)
             return f"there is no knob {name}; " + (f"did you mean {close[0]}?" if close else _HYDRAS)
@@ -327,8 +340,11 @@ def _knobs(content: dict[str, Any]) -> Iterator[str]:
 
 
 def _content(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(file), resolve=False)  # type: ignore[assignment]
-    return content
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except Exception as error:  # of YAML, OmegaConf or the file system
+        raise UserError(f"{file} cannot be read ({first_line(error)}); mend that config file") from error
+    return content if isinstance(content, dict) else {}  # type: ignore[return-value]  # names are texts
 
 
 _HYDRA: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(HydraConf))  # type: ignore[assignment]

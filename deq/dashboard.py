@@ -331,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         if not 1 <= options.timeout <= _LONGEST:
-            raise UserError(f"--timeout must be at least 1 and at most {_LONGEST}, in seconds, got {options.timeout:g}")
+            raise UserError(f"--timeout must be from 1 to {_LONGEST}, in seconds, got {options.timeout:g}")
         print(tree() if options.dry_run else publish(options.project, options.entity, options.timeout))
     except UserError as error:
         end(str(error))

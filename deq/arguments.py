@@ -7,6 +7,7 @@ composed config, such as the limits of values, is looked at in ``deq/command.py`
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import re
 import shlex
@@ -302,15 +303,15 @@ class Names:
         if self.hydras(name):  # a place for what Hydra does not know beforehand, such as hydra.job.env_set.NAME
             return f"there is no {name} yet; write +{name}=VALUE to add it"
         if name.startswith("hydra."):
-            close = difflib.get_close_matches(name, [f"hydra.{one}" for one in _fields(_HYDRA)], n=1)
-            return f"there is no knob {name}; " + (f"did you mean {close[0]}?" if close else _HYDRAS)
+            return _nearest(name, "hydra", set(_fields(_HYDRA)), _HYDRAS)
         node, _ = self._node_of(name)
-        parameters = sorted(f"{node}.{one}" for one in (self._parameters(node) or ())) if node is not None else []
+        parameters = self._parameters(node) if node is not None else None
+        if node is not None and parameters is not None:
+            return _nearest(name, node, parameters, f"{node} has {', '.join(sorted(parameters))}")
         inside = [knob for knob in sorted(self.knobs) if knob.endswith(f".{name}")]
-        close = inside or difflib.get_close_matches(name, {*self.all, *parameters} - {node}, n=1)
-        if close:
-            return f"there is no knob {name}; did you mean {close[0]}?"
-        return f"there is no knob {name}; " + (f"there are {', '.join(parameters)}" if parameters else _HELP)
+        if inside:
+            return f"there is no knob {name}; did you mean {inside[0]}?"
+        return _nearest(name, "", self.all, _HELP)
 
     def _node_of(self, name: str) -> tuple[str | None, str]:
         """The innermost node that ``name`` is in, and what is left of the name there."""
@@ -318,6 +319,13 @@ class Names:
             if name.startswith(f"{node}."):
                 return node, name.removeprefix(f"{node}.")
         return None, ""
+
+
+def _nearest(name: str, node: str, names: Collection[str], else_: str) -> str:
+    """That there is no ``name``, and which of those in ``node`` may be meant."""
+    close = difflib.get_close_matches(name.removeprefix(f"{node}."), names, n=1)
+    meant = f"did you mean {f'{node}.{close[0]}'.lstrip('.')}?" if close else else_
+    return f"there is no knob {name}; {meant}"
 
 
 def _leaves(name: str, content: dict[Any, Any]) -> Iterator[str]:
@@ -339,6 +347,7 @@ def _knobs(content: dict[str, Any]) -> Iterator[str]:
                 yield from (f"{name}.{leaf}" for leaf in _knobs(value))
 
 
+@functools.cache
 def _content(file: Path) -> dict[str, Any]:
     try:
         content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from deq import metrics
+from deq import metrics, terminal
 from deq.errors import UserError, first_line
-from deq.terminal import Parser, Streams, end
+from deq.terminal import Parser, end
 
 if TYPE_CHECKING:  # wandb-workspaces is an extra, and slow to import: build functions import it when they need it
     import wandb_workspaces.workspaces as ws
@@ -441,6 +441,4 @@ def _line(panel: Panel) -> str:
 
 
 if __name__ == "__main__":
-    streams = Streams()
-    main()
-    streams.end()
+    terminal.run(main)

@@ -81,6 +81,16 @@ class Streams:
         end(f"standard output cannot be written ({self.lost.strerror}); make room or write to another file")
 
 
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a program whose output is all that it makes; its status is what ``main`` returns or leaves with."""
+    streams = Streams()
+    try:
+        status = main()
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    streams.end(status or 0)
+
+
 def console(*, stderr: bool = False, narrowest: int = 1) -> Console:
     """Where a program prints for people.
 

@@ -26,7 +26,7 @@ from deq.report.page import page
 from deq.report.record import record
 from deq.report.runs import read
 from deq.report.tables import Table, Text, main_columns, text_of
-from deq.terminal import MISTAKE, Parser, Streams, tell
+from deq.terminal import MISTAKE, Parser, tell
 
 _NARROWEST, _WIDEST = 80, 100  # columns; a narrower terminal breaks the lines itself
 _MOST_TRADES = 8  # rows; the page has any number
@@ -146,5 +146,4 @@ def _print_table(console: Console, content: Table) -> None:
 
 
 if __name__ == "__main__":
-    streams = Streams()
-    streams.end(main())
+    terminal.run(main)

@@ -86,8 +86,9 @@ def _options(arguments: Sequence[str], names: Names) -> Namespace:
         raise UserError("--resolve goes with --cfg alone; add --cfg job, or leave it out")
     if options.package and not options.cfg:
         raise UserError(f"--package {options.package} goes with --cfg alone; add --cfg job, or leave it out")
-    if options.package and options.cfg == "job" and options.package not in names.all | {"_global_"}:
-        raise UserError(f"--package {options.package}: {names.missing(options.package)}")
+    if options.package and not names.shown(options.package, options.cfg):
+        other = names.hydras(options.package) and "it is a part of Hydra's config; write --cfg hydra"
+        raise UserError(f"--package {options.package}: {other or names.missing(options.package)}")
     return options
 
 
@@ -291,6 +292,11 @@ class Names:
         except OmegaConfBaseException:  # the name is there, and takes no null
             return True
         return True
+
+    def shown(self, package: str, config: str) -> bool:
+        """Whether ``--cfg CONFIG --package PACKAGE`` may have something to show."""
+        own = config != "hydra" and (package in self.all or self._node_of(package)[0] is not None)
+        return own or package == "_global_" or (config != "job" and self.hydras(package))
 
     def missing(self, name: str) -> str:
         """One sentence about a name that the config chosen does not have."""

@@ -75,6 +75,8 @@ def launch(task: Task, conf: Path) -> None:
     try:
         sys.argv[1:], shows = arranged(sweep.resumed_arguments(sys.argv[1:]), conf)
     except UserError as error:
+        if full_error:
+            raise
         end(str(error))
     sweep.register()
     jobs: list[Path] = []  # folders of the jobs begun
@@ -115,8 +117,8 @@ def launch(task: Task, conf: Path) -> None:
         if shows:
             streams.end()
     except SystemExit as ended:
-        if shows and not ended.code:
-            streams.end()
+        if shows:
+            streams.end(MISTAKE if ended.code else 0)  # of Hydra, which has told of a --package that is not there
         raise
     except KeyboardInterrupt:
         sys.exit(130)
@@ -515,6 +517,12 @@ def _explain(error: BaseException, conf: Path) -> str | None:
         error, HydraException | InterpolationResolutionError | UnsupportedInterpolationType | GrammarParseError
     ):
         return first_line(error)
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "_apply_overrides_to_config":  # OmegaConf fails, of whatever kind, at one of them
+            line = frame.f_locals["override"].input_line
+            return (
+                f"{line} does not fit into the config ({first_line(error)}); leave it out, or set it in a config file"
+            )
     return None
 
 

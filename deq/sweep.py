@@ -173,6 +173,8 @@ def _values(overrides: Sequence[Override]) -> dict[str, list[str]]:
             raise HydraException(
                 f"{override.input_line}: an interval is for a tuner, experiment=tune; list values here"
             )
+        if not found[key]:  # a glob that fits nothing, a range that ends where it begins
+            raise HydraException(f"{override.input_line} stands for no value, so there is no job; give one at least")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -219,6 +220,7 @@ MISTAKES = {
     "\"hydra.sweep.dir='a,b'\"",
     "-m hydra.sweeper.params=3": "hydra.sweeper.params must be knobs with their values, such as {window: '2,5'}, got 3",
     "-m hydra.sweeper.grids=[3]": "hydra.sweeper.grids must be knobs with their values, such as [{window:",
+    "-m window=range(3,3)": "window=range(3,3) stands for no value, so there is no job; give one at least",
     "hydra.mode=both": "hydra.mode=both: Invalid value 'both', expected one of [RUN, MULTIRUN]",
     "hydra.job.env_set.NAME=1": "there is no hydra.job.env_set.NAME yet; write +hydra.job.env_set.NAME=VALUE to add it",
     "+hydra.callbacks.mine._target_=nothere": "hydra.callbacks.mine._target_: there is no nothere to import; leave it",
@@ -232,6 +234,9 @@ MISTAKES = {
     "--cfg job --package nothere": "--package nothere: there is no knob nothere",
     "--shell-completion": "--shell-completion: Expecting one subcommand from ['install', 'uninstall', 'query'] to be",
 }
+
+if importlib.util.find_spec("optuna"):  # its sweeper has a place that OmegaConf cannot put anything into
+    MISTAKES["hydra/sweeper=optuna +hydra.sweeper.params.window=3"] = "window=3 does not fit into the config ("
 
 DRIVER = """
 import contextlib, io, json, shlex, sys

@@ -114,8 +114,6 @@ def launch(task: Task, conf: Path) -> None:
         if failed:  # a tuner goes on without them
             tell(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}")
             sys.exit(1)
-        if shows:
-            streams.end()
     except SystemExit as ended:
         if shows:
             streams.end(MISTAKE if ended.code else 0)  # of Hydra, which has told of a --package that is not there
@@ -135,6 +133,8 @@ def launch(task: Task, conf: Path) -> None:
         if sentence is None:
             raise
         end(sentence)
+    if shows:
+        streams.end()
 
 
 class _SweepError(UserError):
@@ -464,8 +464,8 @@ def _folder_name(overrides: str) -> str:
     """``_`` and the overrides as part of a folder's name.
 
     No separators, not longer than file systems allow, and nothing that has to be quoted when the folder is given back
-    as resume=FOLDER: Hydra's grammar takes ``=`` and ``,`` for its own, and letters of ASCII alone.
-    In a sweep only what tells its jobs apart.
+    as resume=FOLDER: Hydra's grammar takes ``=`` and ``,`` for its own, and letters of ASCII alone. In a sweep only
+    what tells its jobs apart.
     """
     telling = overrides
     for one in sweep.GridSweeper.shared:

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from deq import checkpoint
 from deq.command import (
+    build,
     claim,
     launch,
     objective,
@@ -33,17 +34,22 @@ from deq.command import (
     refuse_graphs_without_device,
     refuse_what_the_tutorial_lacks,
     resume_hint,
+    try_optimizer,
     try_solvers,
     validate,
 )
+from deq.crossover import Crossover
 from deq.data import Batches
 from deq.display import Display, described
 from deq.energy import EnergyMeter, EnergyOptions
 from deq.errors import UserError, first_line, values_of_the_user
 from deq.files import shown
-from deq.gradients import Implicit
+from deq.gradients import Gradient, Implicit
 from deq.interrupt import Interrupted
-from deq.tracking import Tracker
+from deq.probe import SpeedupProbe
+from deq.solvers import Solver
+from deq.stability import StabilityLosses
+from deq.tracking import Tracker, WandbOptions
 from deq.training import Trainer, count_parameters
 
 
@@ -62,10 +68,16 @@ def main(config: DictConfig) -> float | tuple[float, ...]:
         return objective(json.loads((folder / "summary.json").read_text()), plain["objective"])
     device = pick_device(config.device)
     refuse_graphs_without_device(config.cuda_graph, device)
-    solver, gradient = instantiate(config.solver), instantiate(config.gradient)
-    probe, logger = instantiate(config.probe), instantiate(config.logger)
-    stability, crossover = instantiate(config.stability), instantiate(config.crossover)
-    energy_options = instantiate(config.energy) or EnergyOptions(measure=False)
+    solver, gradient = build(config, "solver", Solver), build(config, "gradient", Gradient)
+    logger = build(config, "logger", WandbOptions)
+    probe = build(config, "probe", SpeedupProbe) if config.probe is not None else None
+    stability = build(config, "stability", StabilityLosses) if config.stability is not None else None
+    crossover = build(config, "crossover", Crossover) if config.crossover is not None else None
+    energy_options = (
+        build(config, "energy", EnergyOptions) if config.energy is not None else EnergyOptions(measure=False)
+    )
+    make_optimizer = instantiate(config.optim.optimizer)
+    try_optimizer(make_optimizer)
     refuse_corrections_out_of_reach(stability, solver, config.cuda_graph)
     with values_of_the_user():
         if crossover is not None:
@@ -94,7 +106,7 @@ def main(config: DictConfig) -> float | tuple[float, ...]:
             solver=solver,
             gradient=gradient,
         ).to(device)
-    optimizer = instantiate(config.optim.optimizer)(model.parameters())
+    optimizer = make_optimizer(model.parameters())
 
     energy = EnergyMeter(energy_options, device, warn=display.warn)
     choices: Any = HydraConfig.get().runtime.choices

@@ -12,9 +12,9 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, get_args
+from typing import Any, NamedTuple, get_args
 
 import hydra
 import torch
@@ -24,24 +24,24 @@ from hydra.errors import (
     HydraException,
     InstantiationException,
     MissingConfigException,
-    OverrideParseException,
 )
 from hydra.types import RunMode
+from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import GrammarParseError, InterpolationResolutionError
+from omegaconf.errors import GrammarParseError, InterpolationResolutionError, UnsupportedInterpolationType
 
 from deq import checkpoint, metrics, sweep, tracking
+from deq.arguments import Names, arranged, quoted, typed
 from deq.errors import UserError, first_line, in_yaml, in_yaml_too
 from deq.files import shown
 from deq.interrupt import Interrupted
 from deq.solvers import Solver
 from deq.solvers.base import Stop
 from deq.stability import StabilityLosses
+from deq.terminal import MISTAKE, Streams, end, tell
 from deq.training import PRECISIONS, SCHEDULES
 from deq.tutorial import TutorialSolver
 from kernels import BackendName, Regularization
-
-_MISTAKE = 2  # exit status, the shell's convention for a wrong command line
 
 Task = Callable[[DictConfig], Any]
 
@@ -53,7 +53,19 @@ def launch(task: Task, conf: Path) -> None:
     defect keeps its stack trace, as does everything with HYDRA_FULL_ERROR=1. A command line that is refused leaves no
     folder. In a sweep a failed job is told as it fails and does not keep the others from running; the exit status is
     not 0 then.
+
+    A run whose standard output is lost, as in ``python train.py | head``, goes on: hours of training are not for a
+    pager to end, and its results are the files in its folder. What only shows something ends, as any program does.
     """
+    shows = False  # whether only a page is asked for, such as --help
+
+    def lost(error: OSError) -> None:
+        reason = "nobody reads it any more" if isinstance(error, BrokenPipeError) else error.strerror
+        if not shows:
+            sentence = f"standard output is lost ({reason}); the run goes on, its files are complete without it"
+            print(f"warning: {sentence}", file=sys.stderr)
+
+    streams = Streams(lost)
     OmegaConf.register_new_resolver("folder_name", _folder_name, replace=True)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as train.py had it for its imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -61,9 +73,11 @@ def launch(task: Task, conf: Path) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes exceptions on to this function as they are
 
     try:
-        sys.argv[1:] = sweep.resumed_arguments(sys.argv[1:])
+        sys.argv[1:], shows = arranged(sweep.resumed_arguments(sys.argv[1:]), conf)
     except UserError as error:
-        _end(str(error))
+        if full_error:
+            raise
+        end(str(error))
     sweep.register()
     jobs: list[Path] = []  # folders of the jobs begun
     failed: list[str] = []  # numbers of the jobs of a sweep that failed
@@ -78,7 +92,7 @@ def launch(task: Task, conf: Path) -> None:
         except Interrupted as interruption:
             sys.exit(128 + interruption.signum)
         except _SweepError as error:
-            _end(str(error))
+            end(str(error))
         except Exception as error:
             sentence = None if full_error else _explain(error, conf)
             if about.mode == RunMode.MULTIRUN:
@@ -87,34 +101,40 @@ def launch(task: Task, conf: Path) -> None:
                 which = f"job {about.job.num} ({' '.join(about.overrides.task)})"
                 if sentence is None:
                     traceback.print_exception(error)
-                _tell(f"{which}: {sentence or first_line(error)}")
-                raise _ToldError(_MISTAKE if sentence else 1) from error
+                tell(f"{which}: {sentence or first_line(error)}")
+                raise _ToldError(MISTAKE if sentence else 1) from error
             if sentence is None:
                 raise
-            _end(sentence)
+            end(sentence)
         finally:
             _remove_if_empty(folder, alone=about.mode == RunMode.MULTIRUN and bool(failed))
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf), config_name="config")(job)()
         if failed:  # a tuner goes on without them
-            _tell(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}")
+            tell(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}")
             sys.exit(1)
+    except SystemExit as ended:
+        if shows:
+            streams.end(MISTAKE if ended.code else 0)  # of Hydra, which has told of a --package that is not there
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
     except _ToldError as error:
         _remove_if_empty(jobs[0].parent, beside=(sweep.HYDRAS_OWN, sweep.FILE))
-        _tell(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}")
+        tell(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}")
         sys.exit(error.status)
     except Exception as error:
         sentence = None if full_error else _explain(error, conf)
-        if (
-            sentence is None and isinstance(error, OSError) and not jobs and not full_error
-        ):  # Hydra makes the run's folder
+        if isinstance(error, OSError) and error.filename and not jobs and not full_error:  # Hydra makes that folder
             sentence = f"the run folder {error.filename} cannot be made ({error.strerror}); give another hydra.run.dir"
+        if "--shell-completion" in sys.argv or "-sc" in sys.argv:  # which raises anything, and has no words
+            sentence = f"--shell-completion: {first_line(error)}; `python train.py --hydra-help` says how"
         if sentence is None:
             raise
-        _end(sentence)
+        end(sentence)
+    if shows:
+        streams.end()
 
 
 class _SweepError(UserError):
@@ -153,7 +173,7 @@ def claim(folder: Path, resume: Any, config: dict[str, Any], *, in_sweep: bool) 
         return (folder if results[0].is_file() else None), False
     raise UserError(
         f"{shown(folder)} holds an earlier run; give another hydra.run.dir, delete that folder, or go on with "
-        f"its run: resume={shown(folder)}"
+        f"its run: {typed('resume', shown(folder))}"
     )
 
 
@@ -208,12 +228,15 @@ def validate(config: DictConfig) -> None:
     _check_objectives(config)
     if config.cuda_graph and config.compact:
         raise UserError("cuda_graph=true cannot replay evaluations that shrink: choose it or compact=true")
-    for node in ("solver", "adjoint", "gradient", "data", "model", "optim", "optim.optimizer", "logger"):
+    for node in _PARTS:
         group = OmegaConf.select(config, node)
-        if group is None and node == "adjoint":
-            continue  # the backward solve then takes the forward one's solver
+        if group is None and node in _OPTIONAL:
+            continue  # without adjoint, the backward solve takes the forward one's solver
         if not isinstance(group, DictConfig):
-            raise UserError(f"{node} cannot be {in_yaml(group)}; leave it out for the default")
+            null = f", or write {node}=null" if node in _OPTIONAL else ""
+            raise UserError(f"{node} cannot be {in_yaml(group)}; leave it out for the default{null}")
+        if node != "optim" and group.get("_target_") is None:
+            raise UserError(f"{node} is null here and cannot have {', '.join(map(str, group))}; leave {node}=null out")
         for knob in group if node in ("solver", "adjoint") else ():
             if knob in _LIMITS:
                 _check(config, f"{node}.{knob}", str(knob))
@@ -232,7 +255,8 @@ def _check_objectives(config: DictConfig) -> None:
         node = {"speedup": "probe", "crossover": "crossover"}.get(str(name).partition("/")[0])
         if node is not None and config[node] is None:
             raise UserError(f"objective={name} is measured by {node}, which is null; leave {node}=null out")
-    wanted = HydraConfig.get().sweeper.get("direction") if HydraConfig.initialized() else None
+    sweeper = HydraConfig.get().sweeper if HydraConfig.initialized() else None
+    wanted = sweeper.get("direction") if isinstance(sweeper, DictConfig) else None
     if isinstance(wanted, list | ListConfig) and len(wanted) != len(objectives):
         raise _SweepError(
             f"objective has {len(objectives)} metrics and hydra.sweeper.direction {len(wanted)}; give one direction, "
@@ -253,6 +277,8 @@ def _one_of(*options: str) -> _Limit:
     return _Limit((str,), options.__contains__, f"one of {', '.join(options)}")
 
 
+_OPTIONAL = ("adjoint", "probe", "crossover", "energy", "stability")
+_PARTS = ("solver", *_OPTIONAL, "gradient", "data", "model", "optim", "optim.optimizer", "logger")
 _INT, _NUMBER = (int,), (int, float)
 _COUNT = _Limit(_INT, lambda value: value >= 1, "an integer of at least 1")
 _FLAG = _Limit((bool,), lambda _: True, "true or false")
@@ -302,19 +328,50 @@ def _check(config: DictConfig, name: str, limit: str) -> None:
         raise UserError(f"{name} must be {words}{' or null' if null else ''}, got {in_yaml(value)}")
 
 
-def try_solvers(solvers: Mapping[str, Solver], device: torch.device) -> None:
+def try_solvers(solvers: Mapping[str, Any], device: torch.device) -> None:
     """Start every solver, by its node's name, on one number on ``device``.
 
     Raises:
         UserError: its backend does not run there.
     """
     for node, solver in solvers.items():
+        if not isinstance(solver, Solver):
+            raise UserError(f"gradient.solver cannot be {in_yaml(solver)}; leave it out, and give adjoint.KNOB=VALUE")
         if isinstance(solver, TutorialSolver):
             continue  # plain PyTorch, on any device
         try:
             solver.start(torch.zeros(1, 1, device=device))
         except ValueError as error:  # it begins with the option's name
             raise UserError(f"{node}.{error}") from error
+
+
+def try_optimizer(make: Callable[..., Any]) -> None:
+    """Make the optimizer for one number.
+
+    Raises:
+        UserError: it takes no such knob, or not that value.
+    """
+    try:
+        make([torch.zeros(1, requires_grad=True)])
+    except (TypeError, ValueError, RuntimeError) as error:  # of torch, which has no words for a knob
+        raise UserError(
+            f"optim.optimizer cannot be made ({first_line(error)}); mend optim.lr, optim.weight_decay or what the "
+            "command line gives it with +"
+        ) from error
+
+
+def build(config: DictConfig, node: str, kind: type[Any]) -> Any:
+    """What a node of the config describes.
+
+    Raises:
+        UserError: a ``_target_`` of the user's makes something else.
+    """
+    made = instantiate(config[node])
+    if not isinstance(made, kind):
+        raise UserError(
+            f"{node}._target_ must make a {kind.__name__}, got a {type(made).__name__}; leave it out for the default"
+        )
+    return made
 
 
 def pick_device(name: Any) -> torch.device:
@@ -398,31 +455,23 @@ def resume_hint(folder: Path) -> str:
     """The command that goes on with the run in ``folder``."""
     about = HydraConfig.get()
     if about.mode == RunMode.MULTIRUN and (folder.parent / sweep.FILE).is_file():
-        return shlex.join(["python", Path(sys.argv[0]).name, f"resume={shown(folder.parent)}"])
+        return shlex.join(["python", Path(sys.argv[0]).name, f"resume={quoted(shown(folder.parent))}"])
     overrides = [one for one in about.overrides.task if not one.startswith("resume=")]
-    return shlex.join(["python", Path(sys.argv[0]).name, *overrides, f"resume={shown(folder)}"])
+    return shlex.join(["python", Path(sys.argv[0]).name, *overrides, f"resume={quoted(shown(folder))}"])
 
 
 def _folder_name(overrides: str) -> str:
     """``_`` and the overrides as part of a folder's name.
 
     No separators, not longer than file systems allow, and nothing that has to be quoted when the folder is given back
-    as resume=FOLDER: Hydra's grammar takes ``=`` and ``,`` for its own. In a sweep only what tells its jobs apart.
+    as resume=FOLDER: Hydra's grammar takes ``=`` and ``,`` for its own, and letters of ASCII alone. In a sweep only
+    what tells its jobs apart.
     """
     telling = overrides
     for one in sweep.GridSweeper.shared:
         telling = re.sub(rf"(^|,){re.escape(one)}(?=,|$)", "", telling)
-    name = re.sub(r"[^\w.+-]+", "-", telling.strip(",").replace(",", "_"))
+    name = re.sub(r"[^\w.+-]+", "-", telling.strip(",").replace(",", "_"), flags=re.ASCII)
     return f"_{name[:120]}" if name else ""
-
-
-def _tell(sentence: str) -> None:
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
-
-
-def _end(sentence: str) -> NoReturn:
-    _tell(sentence)
-    sys.exit(_MISTAKE)
 
 
 def _remove_if_empty(folder: Path, beside: Collection[str] = (), *, alone: bool = False) -> None:
@@ -444,87 +493,94 @@ def _remove_if_empty(folder: Path, beside: Collection[str] = (), *, alone: bool 
 def _explain(error: BaseException, conf: Path) -> str | None:
     """One sentence about a user's mistake, or None if the error is none."""
     if isinstance(error, InstantiationException):
-        cause = error.__cause__
-        if not isinstance(cause, UserError | ValueError | TypeError):
-            return None
-        place = re.search(r"full_key: ([\w.]+)$", str(error))
-        # The adjoint's solver is built inside the gradient, where no user set it.
-        node = place.group(1).replace("gradient.solver", "adjoint") if place else ""
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
-        if unknown and node:
-            return _no_such_knob(f"{node}.{unknown.group(1)}", conf)
-        return in_yaml_too(f"adjoint: {cause}" if node == "adjoint" else str(cause))
+        return _explain_instantiation(error, conf)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
         if (group, option) == ("hydra/sweeper", "optuna"):
             return "tuning needs Optuna's sweeper, which is not installed: pip install -e '.[tune]'"
-        return f"{group} must be one of {', '.join(sorted(error.options))}, got {option}"
-    if isinstance(error, OverrideParseException):
-        return f"cannot read {error.override!r}; write KNOB=VALUE or GROUP=OPTION, quoted where the shell needs it"
+        return f"{group} must be one of {', '.join(sorted(error.options))}, got {option or in_yaml(option)}"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return (
+            f"there is no config {error.missing_cfg_file}; `python train.py --info searchpath` lists the folders that "
+            "are looked into"
+        )
     if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
-        return _no_null_option(conf)
-    if isinstance(error, ConfigCompositionException):
-        unknown = re.match(r"Could not (?:override|append|delete).*? '?([\w.@/]+)'?", str(error))
-        if unknown:
-            return _no_such_knob(unknown.group(1), conf)
+        return _no_null_option(Names(conf).groups)
     if isinstance(error, UserError):
         return str(error)
-    several = re.match(r"Ambiguous value for argument '([^=]+)=(.*)'", str(error))
-    if several:
-        knob, values = several.groups()
-        return (
-            f"{knob}={values} has several values: add -m for a sweep over them, or write {knob}=[{values}] for a list"
-        )
-    if isinstance(error, HydraException | InterpolationResolutionError | GrammarParseError):
+    if isinstance(error, ConfigCompositionException):
+        return _explain_composition(error, conf)
+    unknown = re.match(r"Interpolation key '([^']+)' not found", str(error))
+    if unknown:
+        return Names(conf).missing(unknown.group(1))
+    if isinstance(
+        error, HydraException | InterpolationResolutionError | UnsupportedInterpolationType | GrammarParseError
+    ):
         return first_line(error)
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "_apply_overrides_to_config":  # OmegaConf fails, of whatever kind, at one of them
+            line = frame.f_locals["override"].input_line
+            return (
+                f"{line} does not fit into the config ({first_line(error)}); leave it out, or set it in a config file"
+            )
     return None
 
 
-def _no_null_option(conf: Path) -> str:
+def _explain_composition(error: ConfigCompositionException, conf: Path) -> str:
+    """One sentence about overrides that do not go together with the config files."""
+    text = str(error) or first_line(error.__cause__ or error)
+    several = re.match(r"(Ambiguous value for argument|Sweep parameters) '([^=]+)=(.*)'", text)
+    if several:
+        how, knob, values = several.groups()
+        listed = f", or write {knob}=[{values}] for a list or {typed(knob, values)} for a text"
+        return f"{knob}={values} has several values: add -m for a sweep over them{listed if how[0] == 'A' else ''}"
+    unknown = re.match(r"Could not override '?([\w.@/]+)'?", text)
+    if unknown:
+        return Names(conf).missing(unknown.group(1))
+    there = re.match(
+        r"Could not append to config. An item is already at '(?P<item>[^']+)'"
+        r"|Multiple values for (?P<group>[\w/@]+)\."
+        r"|(?P<twice>[\w/@]+) appears more than once in the final defaults list"
+        r"|force-add of config groups is not supported: '\++(?P<forced>[^=]+)=",
+        text,
+    )
+    if there:
+        name = next(filter(None, there.groups()))
+        return f"{name} is there already: write {name}=VALUE, without +"
+    refused = re.match(r"Error merging override (.*)", text)
+    if refused and error.__cause__ is not None:
+        return f"{refused.group(1)}: {first_line(error.__cause__)}"
+    swept = re.match(r"Sweeping over Hydra's configuration is not supported : '([^=]+)=(.*)'", text)
+    if swept:
+        return f"{swept[1]}={swept[2]} has several values, which it cannot; for one text write {typed(*swept.groups())}"
+    return text.splitlines()[0].rstrip(".")
+
+
+def _explain_instantiation(error: InstantiationException, conf: Path) -> str | None:
+    """One sentence about what a part of the config could not be built from, or None if that is a defect."""
+    cause = error.__cause__
+    place = re.search(r"full_key: ([\w.]+)$", str(error))
+    # The adjoint's solver is built inside the gradient, where no user set it.
+    node = place.group(1).replace("gradient.solver", "adjoint") if place else ""
+    target = re.match(r"Error locating target '(.+?)'", str(error))
+    if target:
+        return f"{node}._target_: there is no {target.group(1)} to import; leave it out for the default"
+    if node.startswith("hydra") and isinstance(cause, ValueError):
+        return str(cause)
+    if cause is None or node.startswith("hydra"):  # refused by Hydra itself, or within its own part of the config
+        return f"{node or 'the config'}: {' '.join(str(error).partition('full_key:')[0].split()).rstrip('.')}"
+    if not isinstance(cause, UserError | ValueError | TypeError):
+        return None
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
+    if unknown and node:
+        return Names(conf).missing(f"{node}.{unknown.group(1)}")
+    return in_yaml_too(f"adjoint: {cause}" if node == "adjoint" else str(cause))
+
+
+def _no_null_option(groups: Mapping[str, list[str]]) -> str:
     """Hydra refuses a null where it wants a group's option, but does not say which."""
-    groups = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in conf.iterdir()}
     for override in sys.argv[1:]:
         group, _, value = override.partition("=")
         if value in ("null", "") and groups.get(group):
             return f"{group} must be one of {', '.join(groups[group])}, got null; leave it out for the default"
     return "a group must be one of its options, not null; `python train.py --help` lists them"
-
-
-def _no_such_knob(name: str, conf: Path) -> str:
-    knobs = _knobs(conf)
-    if name in knobs and not knobs[name]:
-        return f"{name} is a knob of {name.partition('.')[0]}, which is null here"
-    if name in knobs:  # a knob of another option than the one chosen
-        return f"{name} is a knob of {' and '.join(sorted(knobs[name]))} alone"
-    inside = [knob for knob in sorted(knobs) if knob.endswith(f".{name}")]
-    close = inside or difflib.get_close_matches(name, knobs, n=1)
-    hint = f"did you mean {close[0]}?" if close else "`python train.py --help` lists them"
-    return f"there is no knob {name}; {hint}"
-
-
-def _knobs(conf: Path) -> dict[str, set[str]]:
-    """Every knob and group that the config files name, with the options that have it: GROUP=OPTION."""
-    knobs: dict[str, set[str]] = {name: set() for name in _leaves(_content(conf / "config.yaml"))}
-    for file in conf.glob("[!h]*/*.yaml"):  # all but hydra's own
-        group, content = file.parent.name, _content(file)
-        own = content.get(group, content)  # data's files are written from the top level
-        for node in (group, "adjoint") if group == "solver" else (group,):
-            # An experiment has no knobs of its own: it sets those of the others.
-            for name in ("", *(f".{knob}" for knob in (_leaves(own) if group != "experiment" else ()))):
-                knobs.setdefault(node + name, set()).add(f"{group}={file.stem}")
-    return knobs
-
-
-def _leaves(content: dict[str, Any]) -> Iterator[str]:
-    """The dotted names of what a user may set in a config file."""
-    for name, value in content.items():
-        if name not in ("defaults", "hydra") and not name.startswith("_"):
-            if not isinstance(value, dict):
-                yield name
-            elif name != "optimizer":  # wired to the group's own knobs
-                yield from (f"{name}.{leaf}" for leaf in _leaves(value))
-
-
-def _content(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(file), resolve=False)  # type: ignore[assignment]
-    return content

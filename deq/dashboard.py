@@ -7,17 +7,17 @@ nothing measured in joules is shown where no counter has measured any. ``--dry-r
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from deq import metrics
+from deq import metrics, terminal
 from deq.errors import UserError, first_line
+from deq.terminal import Parser, end
 
 if TYPE_CHECKING:  # wandb-workspaces is an extra, and slow to import: build functions import it when they need it
     import wandb_workspaces.workspaces as ws
@@ -52,8 +52,8 @@ MEASURED = frozenset(name for name in metrics.NAMES if name.endswith("_joules") 
 OPTIONAL = MEASURED | {"train/jacobian_penalty", "train/correction_loss", "crossover/residual"}
 """Names that a run with the default configuration may lack: no counter, one loss alone, no crossing."""
 
+_LONGEST = 86_400  # seconds that W&B may be given, a day
 _RUNS_ASKED = 500  # newest runs whose names are asked for; with more, older ones can only add what all of these lack
-_MISTAKE = 2  # exit status, as of train.py
 
 
 @dataclass(frozen=True)
@@ -323,18 +323,18 @@ def tree(logged: Collection[str] | None = None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. A user's mistake, or a W&B out of reach, ends in one sentence and exit status 2."""
-    parser = argparse.ArgumentParser(prog="python -m deq.dashboard", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m deq.dashboard", description=__doc__.splitlines()[0])
     parser.add_argument("--project", required=True, help="W&B project, as in logger.project")
     parser.add_argument("--entity", help="W&B user or team; your default one if left out")
     parser.add_argument("--dry-run", action="store_true", help="print sections and panels; no network, no login")
     parser.add_argument("--timeout", type=float, default=30, help="seconds that W&B may take in all (30)")
     options = parser.parse_args(arguments)
     try:
-        if not options.timeout >= 1:
-            raise UserError(f"--timeout must be at least 1, in seconds, got {options.timeout:g}")
+        if not 1 <= options.timeout <= _LONGEST:
+            raise UserError(f"--timeout must be from 1 to {_LONGEST}, in seconds, got {options.timeout:g}")
         print(tree() if options.dry_run else publish(options.project, options.entity, options.timeout))
     except UserError as error:
-        _end(str(error))
+        end(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -440,10 +440,5 @@ def _line(panel: Panel) -> str:
     return f"  {panel.kind:7} {panel.title}: {', '.join(panel.y)}{against}"
 
 
-def _end(sentence: str) -> NoReturn:
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
-    sys.exit(_MISTAKE)
-
-
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

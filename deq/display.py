@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import textwrap
 from collections.abc import Mapping
 from dataclasses import fields
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from deq.probe import Comparison, Reading
 from deq.solvers import Solver
+from deq.terminal import console
 from deq.tutorial import TutorialSolver
 
 # Heading, width, metric, how it is shown. All in all under 80 columns.
@@ -28,18 +27,21 @@ _COLUMNS = (
 )
 
 
+_TABLE = 60  # columns that the closing table needs
+
+
 class Display:
     """Everything a run prints. Lines go to standard output, warnings to standard error."""
 
     def __init__(self) -> None:
-        self._out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-        self._err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._out = console()
+        self._err = console(stderr=True)
         self._progress: Progress | None = None
 
     def warn(self, sentence: str) -> None:
         """One sentence, on a line of its own."""
-        console = self._progress.console if self._progress is not None else self._err
-        console.print(f"warning: {sentence}", markup=False, style="yellow", soft_wrap=True)
+        where = self._progress.console if self._progress is not None else self._err
+        where.print(f"warning: {sentence}", markup=False, style="yellow", soft_wrap=True)
 
     def say(self, sentence: str) -> None:
         self._out.print(sentence, markup=False, soft_wrap=True)
@@ -80,7 +82,7 @@ class Display:
         for _, width, name, form in _COLUMNS:
             value = values.get(name)
             cells.append(f"{'-' if value is None else form.format(value).rstrip('%'):>{width}}")
-        self._out.print("".join(cells), markup=False)
+        self.say("".join(cells))
 
     def stop(self) -> None:
         """Take the bar away."""
@@ -90,7 +92,7 @@ class Display:
 
     def _epochs_heading(self) -> None:
         heading = f"{'epoch':>7}" + "".join(f"{name:>{width}}" for name, width, *_ in _COLUMNS)
-        self._out.print(heading, markup=False, style="bold")
+        self._out.print(heading, markup=False, style="bold", soft_wrap=True)
 
     def table(self, summary: Mapping[str, float], comparison: Comparison | None, notes: Mapping[str, str]) -> None:
         """The closing table. ``notes``: lines below it, name → text."""
@@ -149,7 +151,7 @@ class Display:
         if "crossover/mixing_penalty" in summary:
             table.add_row("crossover", _crossover(summary))
         self._out.print()
-        self._out.print(table)
+        console(narrowest=_TABLE).print(table)
         for name, text in notes.items():
             # Not in the table, which would break a path to its width: these are there to be copied.
             self.say(f"{name:<20} {text}")

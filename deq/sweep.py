@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
-import re
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from deq.arguments import quoted
 from deq.errors import UserError
 from deq.files import shown, write_atomically
 
@@ -60,6 +60,12 @@ class GridSweeper(Sweeper):
         params: Mapping[str, str] | None = None,
         grids: Sequence[Grid] | None = None,
     ) -> None:
+        for name, given, each in (("params", params, [params or {}]), ("grids", grids, grids or [])):
+            if not isinstance(each, Sequence) or not all(isinstance(one, Mapping) for one in each):
+                example = "{window: '2,5'}" if name == "params" else "[{window: '2,5'}]"
+                raise ValueError(
+                    f"hydra.sweeper.{name} must be knobs with their values, such as {example}, got {given}"
+                )
         self.max_batch_size = max_batch_size
         self.params = {key: str(value) for key, value in (params or {}).items()}
         self.grids = [{key: str(value) for key, value in grid.items()} for grid in grids or ()]
@@ -167,6 +173,8 @@ def _values(overrides: Sequence[Override]) -> dict[str, list[str]]:
             raise HydraException(
                 f"{override.input_line}: an interval is for a tuner, experiment=tune; list values here"
             )
+        if not found[key]:  # a glob that fits nothing, a range that ends where it begins
+            raise HydraException(f"{override.input_line} stands for no value, so there is no job; give one at least")
     return found
 
 
@@ -189,13 +197,6 @@ def _claim(folder: Path, jobs: list[list[str]], multirun: str) -> None:
         )
     write_atomically(folder / HYDRAS_OWN, lambda stream: stream.write(multirun.encode()))
     write_atomically(file, lambda stream: stream.write((json.dumps(content, indent=1) + "\n").encode()))
-
-
-def _quoted(value: str) -> str:
-    """As Hydra's grammar reads it back."""
-    if re.fullmatch(r"[\w./+-]+", value):
-        return value
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _read(file: Path) -> Any:
@@ -237,5 +238,5 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
                     f"resume={value} goes on with that sweep as it was begun; leave {' '.join(others)} out, or begin "
                     "another sweep"
                 )
-            return ["--multirun", *before, f"hydra.sweep.dir={_quoted(str(folder))}"]
+            return ["--multirun", *before, f"hydra.sweep.dir={quoted(str(folder))}"]
     return list(arguments)

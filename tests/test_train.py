@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -78,7 +80,7 @@ def test_main_job_trains_tracks_and_tells(tmp_path: Path) -> None:
 
 def test_sweep_of_eight_jobs_has_eight_folders_and_one_group(tmp_path: Path) -> None:
     swept = ["solver=anderson,forward", "window=2,5", "beta=0.7,1.0"]
-    run = train("-m", *swept, *TINY, "logger=wandb", "hydra.sweep.dir=runs/mine", folder=tmp_path)
+    run = train(*swept, "-m", *TINY, "logger=wandb", "hydra.sweep.dir=runs/mine", folder=tmp_path)
     assert run.returncode == 0, run.stderr
     jobs = sorted(file.parent for file in (tmp_path / "runs" / "mine").glob("*/summary.json"))
     assert len(jobs) == 8
@@ -189,16 +191,62 @@ MISTAKES = {
     "logger.tags=a": "logger.tags must be a list, such as [first,second], got 'a'",
     "logger.name=3": "logger.name must be a text or null, got 3",
     "++solver.windw=1": "there is no knob solver.windw; did you mean solver.window?",
+    # Every name and option that is refused before Hydra looks is in tests/deq/test_arguments.py.
+    "~probe": "~probe deletes what the program reads; leave it out for the default, or write probe=null",
+    "~nothere": "there is no knob nothere; `python train.py --help` lists them",
+    "+windw=3": "there is no knob windw; did you mean window?",
+    "+window=3": "window is there already: write window=VALUE, without +",
+    "+solver=broyden": "solver is there already: write solver=VALUE, without +",
+    "++experiment=smoke": "experiment is there already: write experiment=VALUE, without +",
+    "+hydra/launcher=basic": "hydra/launcher is there already: write hydra/launcher=VALUE, without +",
+    "+solver.memory=3": "solver.memory is a knob of solver=broyden alone",
+    "+optim.optimizer.betas=[0.9,2]": "optim.optimizer cannot be made (Invalid beta parameter at index 1: 2); mend ",
+    "+optim.optimizer.eps=small": "optim.optimizer cannot be made ('<=' not supported between",
+    "optim.optimizer._target_=torch.optim.SGD +optim.optimizer.amsgrad=true": "optim.optimizer cannot be made (",
+    "optim.optimizer._target_=torch.nothere": "optim.optimizer._target_: there is no torch.nothere to import; leave it",
+    "solver._target_=builtins.dict": "solver._target_ must make a Solver, got a dict; leave it out for the default",
+    "probe._target_=os.system": "probe: Target 'os.system' is blocklisted",
+    "gradient.solver=3": "gradient.solver cannot be 3; leave it out, and give adjoint.KNOB=VALUE",
+    "probe=3": "probe cannot be 3; leave it out for the default, or write probe=null",
+    "energy=true": "energy cannot be true; leave it out for the default, or write energy=null",
+    "probe=[1]": "probe=[1]: Cannot merge DictConfig with ListConfig",
+    "probe=null ++probe.repeats=3": "probe is null here and cannot have repeats; leave probe=null out",
+    "adjoint=null ++adjoint.tol=1e-3": "adjoint is null here and cannot have tol; leave adjoint=null out",
+    "hydra=null": "hydra must be one of default, got null; leave it out for the default",
+    "solver=": "tutorial_anderson, tutorial_forward, got ''",
+    "window=2,3": "window=2,3 has several values: add -m for a sweep over them, or write window=[2,3] for a list or "
+    "\"window='2,3'\" for a text",
+    "window=range(2,4)": "window=range(2,4) has several values: add -m for a sweep over them",
+    "-m hydra.sweep.dir=a,b": "hydra.sweep.dir=a,b has several values, which it cannot; for one text write "
+    "\"hydra.sweep.dir='a,b'\"",
+    "-m hydra.sweeper.params=3": "hydra.sweeper.params must be knobs with their values, such as {window: '2,5'}, got 3",
+    "-m hydra.sweeper.grids=[3]": "hydra.sweeper.grids must be knobs with their values, such as [{window:",
+    "-m window=range(3,3)": "window=range(3,3) stands for no value, so there is no job; give one at least",
+    "hydra.mode=both": "hydra.mode=both: Invalid value 'both', expected one of [RUN, MULTIRUN]",
+    "hydra.job.env_set.NAME=1": "there is no hydra.job.env_set.NAME yet; write +hydra.job.env_set.NAME=VALUE to add it",
+    "+hydra.callbacks.mine._target_=nothere": "hydra.callbacks.mine._target_: there is no nothere to import; leave it",
+    "window=${nothere}": "there is no knob nothere; `python train.py --help` lists them",
+    "window=${nothere:3}": "Unsupported interpolation type nothere",
+    "hydra.run.dir=${oc.env:NOTHERE}": "Environment variable 'NOTHERE' not found",
+    "resume=a=b": "and a text with such characters in quotes of two kinds: \"resume='a=b'\"",
+    "\"resume='a=b, (c) é'\"": "resume=a=b, (c) é: there is no file or folder a=b, (c) é; give the run folder of an",
+    "--nothere": "there is no option --nothere; `python train.py --hydra-help` lists the options",
+    "--config-name nothere": "there is no config nothere; `python train.py --info searchpath` lists the folders",
+    "--cfg job --package nothere": "--package nothere: there is no knob nothere",
+    "--shell-completion": "--shell-completion: Expecting one subcommand from ['install', 'uninstall', 'query'] to be",
 }
 
+if importlib.util.find_spec("optuna"):  # its sweeper has a place that OmegaConf cannot put anything into
+    MISTAKES["hydra/sweeper=optuna +hydra.sweeper.params.window=3"] = "window=3 does not fit into the config ("
+
 DRIVER = """
-import contextlib, io, json, sys
+import contextlib, io, json, shlex, sys
 from pathlib import Path
 import train
 from deq.command import launch
 told = {}
 for override in json.loads(sys.argv[1]):
-    sys.argv = ["train.py", "logger=none", "max_steps=1", *override.split()]
+    sys.argv = ["train.py", "logger=none", "max_steps=1", *shlex.split(override)]
     import os; os.environ.pop("HYDRA_FULL_ERROR", None)
     with contextlib.redirect_stderr(io.StringIO()) as shown, contextlib.redirect_stdout(shown):
         try:
@@ -210,7 +258,7 @@ print(json.dumps(told))
 """
 
 
-def test_a_mistake_is_told_in_one_sentence_before_any_work(tmp_path: Path) -> None:
+def test_a_mistake_is_told_in_one_sentence_before_any_work_and_leaves_no_folder(tmp_path: Path) -> None:
     run = python("-c", DRIVER, json.dumps(list(MISTAKES)), folder=tmp_path)  # one process, or this takes minutes
     assert run.returncode == 0, run.stderr
     told = json.loads(run.stdout.splitlines()[-1])
@@ -220,27 +268,31 @@ def test_a_mistake_is_told_in_one_sentence_before_any_work(tmp_path: Path) -> No
         assert shown.startswith("error: "), (override, shown)
         assert shown.count("\n") == 1, (override, shown)
         assert sentence in shown, (override, shown)
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_command_line_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
-    for overrides in (["window=0"], ["model.groups=7"], ["-m", "window=0,-1"]):
-        assert train(*TINY, *overrides, folder=tmp_path).returncode == 2
-        assert not list(tmp_path.iterdir()), overrides
+def test_a_sweep_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
+    assert train(*TINY, "-m", "window=0,-1", folder=tmp_path).returncode == 2
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_holds_a_run_is_refused_unless_that_run_goes_on(tmp_path: Path) -> None:
-    knobs = [*TINY, "probe=null", "optim.schedule=constant", "hydra.run.dir=run"]
+def test_a_folder_that_holds_a_run_is_refused_unless_that_run_goes_on_as_it_is_told(tmp_path: Path) -> None:
+    name = "run, (1) é"  # has to be quoted for Hydra and for the shell
+    knobs = [*TINY, "probe=null", "optim.schedule=constant", f"hydra.run.dir='{name}'"]
     first = train(*knobs, "max_steps=1", folder=tmp_path)
     assert first.returncode == 0, first.stderr
-    before = {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    before = {file: file.read_bytes() for file in (tmp_path / name).iterdir()}
     refused = train(*knobs, "max_steps=2", folder=tmp_path)
     assert refused.returncode == 2
-    assert refused.stderr.startswith("error: run holds an earlier run; give another hydra.run.dir, delete that folder")
-    assert refused.stderr.endswith("go on with its run: resume=run\n")
-    assert {file: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
-    resumed = train(*knobs, "max_steps=2", "resume=run", folder=tmp_path)
+    told = (
+        f"error: {name} holds an earlier run; give another hydra.run.dir, delete that folder, or go on with its run: "
+    )
+    assert refused.stderr.startswith(told)
+    assert {file: file.read_bytes() for file in (tmp_path / name).iterdir()} == before
+    (resume,) = shlex.split(refused.stderr.removeprefix(told))
+    resumed = train(*knobs, "max_steps=2", resume, folder=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
+    assert [row["step"] for row in rows(tmp_path / name)] == [1, 2]
 
 
 def test_a_failed_job_of_a_sweep_is_told_as_it_fails_and_the_others_run(tmp_path: Path) -> None:
@@ -372,6 +424,46 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(signum: int, status: int
     assert (tmp_path / "run" / "checkpoint.pt").is_file()
 
 
+def test_a_run_whose_reader_goes_trains_on_and_says_so_on_a_terminal_of_ascii(tmp_path: Path) -> None:
+    run = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *TINY, "probe=null", "hydra.run.dir=run"],
+        cwd=tmp_path, env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert run.stdout is not None
+    assert "parameters - digits, 100 + 20 images - " in run.stdout.readline()
+    run.stdout.close()  # as `| head -1` does
+    _, stderr = run.communicate()
+    assert run.returncode == 0
+    assert stderr == (
+        "warning: standard output is lost (nobody reads it any more); the run goes on, its files are complete without "
+        "it\n"
+    )
+    assert summary(tmp_path / "run")["test/accuracy"] > 0
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        [str(ROOT / "train.py"), "--help"],
+        [str(ROOT / "train.py"), "--cfg", "job"],
+        ["-m", "deq.report", "--help"],
+        ["-m", "deq.dashboard", "--project", "mine", "--dry-run"],
+    ],
+    ids=lambda program: program[-1],
+)
+def test_a_page_that_nobody_reads_ends_quietly_as_a_shell_expects(program: list[str], tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    run = subprocess.run(
+        [sys.executable, *program], cwd=tmp_path, env=ENVIRONMENT, stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert (run.returncode, run.stderr) == (141, b"")  # 128 + SIGPIPE
+    assert not list(tmp_path.iterdir())
+
+
 def test_ctrl_c_while_torch_is_imported_ends_without_a_trace(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     run = subprocess.Popen(
@@ -409,7 +501,7 @@ def test_wandb_is_needed_only_where_it_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_the_folder_that_a_run_names_can_be_given_back_as_it_stands(tmp_path: Path) -> None:
-    knobs = [*TINY, "seed=1", "optim.schedule=constant"]
+    knobs = [*TINY, "optim.schedule=constant", "logger.name='é=1, (a)'"]  # of which the folder is named
     first = train(*knobs, "max_steps=2", folder=tmp_path)
     assert first.returncode == 0, first.stderr
     (folder,) = (tmp_path / "runs").glob("*/*")

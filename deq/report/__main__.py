@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from deq import terminal
 from deq.errors import UserError
 from deq.files import shown, write_atomically
 from deq.report import png
@@ -26,19 +26,19 @@ from deq.report.page import page
 from deq.report.record import record
 from deq.report.runs import read
 from deq.report.tables import Table, Text, main_columns, text_of
+from deq.terminal import MISTAKE, Parser, tell
 
-_MISTAKE = 2  # exit status, the shell's convention for a wrong command line
-_WIDEST = 100
+_NARROWEST, _WIDEST = 80, 100  # columns; a narrower terminal breaks the lines itself
 _MOST_TRADES = 8  # rows; the page has any number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read, compare, write, print. Returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m deq.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, metavar="SWEEP_DIR", help="a folder with runs at any depth below it")
-    parser.add_argument("--out", type=Path, default=None, help="folder for the report (default: SWEEP_DIR/report)")
+    parser.add_argument("folder", type=_folder, metavar="SWEEP_DIR", help="a folder with runs at any depth below it")
+    parser.add_argument("--out", type=_folder, default=None, help="folder for the report (default: SWEEP_DIR/report)")
     parser.add_argument(
         "--target",
         type=float,
@@ -50,8 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _report(options.folder, options.out or options.folder / "report", options.target)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _MISTAKE
+        tell(str(error))
+        return MISTAKE
+    except KeyboardInterrupt:
+        return 130
+
+
+def _folder(text: str) -> Path:
+    if not text:  # a variable of the shell that is not set: Path would take it for the working folder
+        raise argparse.ArgumentTypeError("must be a folder, got ''")
+    return Path(text)
 
 
 def _report(folder: Path, out: Path, target: float | None) -> int:
@@ -89,7 +97,7 @@ def _write(path: Path, content: str) -> None:
 
 
 def _print(comparison: Comparison, text: Text, out: Path) -> None:
-    console = Console(highlight=False)
+    console = terminal.console(narrowest=_NARROWEST)
     if console.width > _WIDEST:
         console.width = _WIDEST
     console.print(text.headline, markup=False, style="bold")
@@ -118,7 +126,11 @@ def _print_table(console: Console, content: Table) -> None:
     table = RichTable(box=None, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False)
     for number, column in enumerate(content.columns):
         words = number == 0 or content.title != ""
-        table.add_column(column, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+        # A number is shown whole: cut to the room that there is, it would be another number.
+        figures = [line for row in content.rows for line in (row[number].text, row[number].detail or "")]
+        width = None if words else max(map(len, figures), default=None)
+        justify: JustifyMethod = "left" if words else "right"
+        table.add_column(column, justify=justify, no_wrap=not words, overflow="fold", min_width=width)
     for row in content.rows:
         table.add_row(
             *(
@@ -128,10 +140,10 @@ def _print_table(console: Console, content: Table) -> None:
         )
     if content.title:
         console.print(content.title, markup=False, style="bold")
-    console.print(table)
+    console.print(table, crop=False)
     if content.note:
         console.print(content.note, markup=False, style="dim")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run(main)

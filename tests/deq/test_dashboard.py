@@ -380,10 +380,16 @@ def test_without_a_login_it_says_how_to_log_in_and_asks_for_nothing(
 
 def test_a_mistake_on_the_command_line_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, sentence in (
-        (["--project", "mine", "--timeout", "0"], "--timeout must be at least 1, in seconds, got 0"),
+        (["--project", "mine", "--timeout", "0"], "--timeout must be from 1 to 86400, in seconds, got 0"),
+        (["--project", "mine", "--timeout", "inf"], "--timeout must be from 1 to 86400, in seconds, got inf"),
+        (["--project", "mine", "--timeout", "soon"], "argument --timeout: invalid float value: 'soon'"),
+        (["mine"], "the following arguments are required: --project"),
         (["--dry-run"], "the following arguments are required: --project"),
     ):
         with pytest.raises(SystemExit) as stopped:
             dashboard.main(arguments)
         assert stopped.value.code == 2
-        assert sentence in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert sentence in told
+        assert told.startswith("error: ")
+        assert told.count("\n") == 1

@@ -244,6 +244,28 @@ def test_a_target_outside_0_to_1_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert "--target must be an accuracy above 0 and at most 1, got 95; 95 % is 0.95" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "the following arguments are required: SWEEP_DIR"),
+        (["a", "b"], "unrecognized arguments: b"),
+        (["a", "--target", "high"], "argument --target: invalid float value: 'high'"),
+        (
+            [""],
+            "argument SWEEP_DIR: must be a folder, got ''",
+        ),  # not the working folder, for a variable that is not set
+        (["a", "--out", ""], "argument --out: must be a folder, got ''"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_told_in_one_sentence(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"error: {sentence}; `python -m deq.report --help` lists the options\n"
+
+
 def test_knobs_that_a_solver_does_not_have_make_no_arms(tmp_path: Path) -> None:
     for number, window in enumerate((2, 5)):
         write_run(tmp_path / f"{number}_f", config_of("Forward", 0, window=window), FORWARD[0])
@@ -627,15 +649,15 @@ def test_names_of_folders_and_errors_are_text_and_not_html(tmp_path: Path) -> No
     assert "&lt;script&gt;alert(1)" in (tmp_path / "report" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("width", [80, 200])
-def test_the_terminal_shows_the_main_table_in_few_columns(
+@pytest.mark.parametrize("width", [0, 1, 20, 40, 80, 200])
+def test_the_terminal_shows_the_main_table_in_few_columns_and_every_number_whole(
     tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     report_of(two_arms(tmp_path))
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"report: {tmp_path / 'report' / 'report.html'}"
-    assert max(len(line) for line in lines[:-1]) <= min(width, 100)
+    assert max(len(line) for line in lines[:-1]) <= max(80, min(width, 100))  # a narrower terminal breaks them itself
     (row,) = [line for line in lines if line.startswith("Anderson  ")]
     assert row.split() == ["Anderson", "2", "86.00", "13.5", "12.0/10.0", "9.00", "2.75x", "62", "%"]
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import hydra
 import pytest
@@ -72,6 +73,13 @@ def test_the_command_line_goes_before_the_grids() -> None:
 def test_a_value_without_a_grid_where_others_have_one_is_refused() -> None:
     with pytest.raises(HydraException, match="solver=broyden has no grid in this experiment"):
         jobs("solver=forward,broyden")
+
+
+@pytest.mark.parametrize("override", ["window=range(3,3)", "window=glob(*)", "solver=glob(x*)"])
+def test_a_sweep_over_no_values_is_refused_and_not_a_sweep_without_jobs(override: str) -> None:
+    parser = OverridesParser.create(config_loader=mock.Mock(get_group_options=lambda *names, **filters: []))
+    with pytest.raises(HydraException, match="stands for no value, so there is no job; give one at least"):
+        jobs_of([], {}, ["seed=0", override], parser)
 
 
 def test_an_interval_is_for_a_tuner() -> None:

@@ -141,7 +141,7 @@ def test_nodes_of_a_graph(solver: Solver, coupled: bool, graph: str, features: s
     if adjoint.converged.all():
         exact = inverse.T @ weights
         assert (x.grad - exact).norm() / exact.norm() < close  # type: ignore[operator]
-    if coupled or isinstance(solver, Broyden | Forward) and solver.stop == "max":
+    if coupled or (isinstance(solver, Broyden | Forward) and solver.stop == "max"):
         assert solution.converged.all(), "what can be solved is"
 
 
@@ -165,10 +165,10 @@ def test_a_single_vector_is_one_system() -> None:
     layer = DEQ(lambda z, x: torch.tanh(0.5 * linear(z) + x), Anderson(tol=1e-10))
     x = torch.randn(64, dtype=D)
     grads = []
-    for given in (x, x[None]):
-        z = layer(given)
+    for vector in (x, x[None]):
+        z = layer(vector)
         grads.append(torch.autograd.grad(z.pow(3).sum(), linear.weight)[0])
-        assert z.shape == given.shape
+        assert z.shape == vector.shape
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-14)
     solution = Anderson(tol=1e-10).solve(lambda z: torch.tanh(0.5 * linear(z) + x).detach(), torch.zeros(64, dtype=D))
     assert solution.converged.shape == (64,), "the account is each element's"
@@ -467,7 +467,7 @@ def test_gradients_of_very_different_sizes_in_one_batch(dtype: torch.dtype) -> N
 
 def test_the_radius_of_samples_that_see_each_other_is_that_of_the_batch() -> None:
     A = neighbours("ring", 6)
-    with pytest.raises(ValueError, match="the samples of z see each other.*coupled=True"):
+    with pytest.raises(ValueError, match=r"the samples of z see each other.*coupled=True"):
         spectral_radius(lambda z: 0.9 * A @ z, torch.zeros(6, 2, dtype=D))
     found = spectral_radius(lambda z: 0.9 * A @ z, torch.zeros(6, 2, dtype=D), coupled=True, steps=2000)
     torch.testing.assert_close(found.radius, torch.full((6,), 0.9, dtype=D), rtol=1e-2, atol=0)

@@ -291,6 +291,7 @@ _LIMITS = {
     "max_iter": _COUNT,
     "stop": _one_of(*get_args(Stop)),
     "compact": _FLAG,
+    "atol": _Limit(_NUMBER, lambda value: 0 <= value < math.inf, "a number of at least 0"),
     "check_every": _COUNT,
     "cuda_graph": _FLAG,
     "memory": _COUNT,
@@ -313,7 +314,7 @@ _LIMITS = {
     "optim.weight_decay": _Limit(_NUMBER, lambda value: 0 <= value < math.inf, "a number of at least 0"),
     "optim.schedule": _one_of(*SCHEDULES),
 }
-_SOLVER_ALONE = ("check_every", "patience", "memory", "adaptive", "history_dtype", "ridge", "backend")
+_SOLVER_ALONE = ("atol", "check_every", "patience", "memory", "adaptive", "history_dtype", "ridge", "backend")
 _TOP_LEVEL = [name for name in _LIMITS if name not in _SOLVER_ALONE]
 
 

@@ -42,10 +42,16 @@ class TutorialSolution(Solution):
 
 @dataclass(frozen=True, kw_only=True)
 class TutorialSolver(Solver):
-    """A solver whose loop is the tutorial's. ``stop``, ``compact``, ``check_every`` and ``patience`` have no meaning.
+    """A solver whose loop is the tutorial's. ``stop``, ``compact``, ``check_every`` and ``patience`` have no meaning;
+    ``atol`` is refused.
 
     In its solutions the residuals are those of the iterate that was evaluated last; forward iteration returns f of it.
     """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.atol:
+            raise ValueError(f"{type(self).__name__} knows no absolute tolerance, got atol={self.atol}: leave it out")
 
     def start(self, x: Tensor, *, in_place: bool = False) -> Iteration:
         raise ValueError(f"{type(self).__name__} has no iteration that could be recorded: use cuda_graph=False")

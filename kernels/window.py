@@ -183,6 +183,7 @@ class AndersonWindow:
         (True, torch.Size([1]))
     """
 
+    @runs_as_it_is
     def __init__(
         self,
         batch_size: int,
@@ -205,6 +206,7 @@ class AndersonWindow:
             window=window, beta=beta, regularization=regularization, ridge=ridge, backend=backend, adaptive=adaptive
         )
         validate_patience(patience)
+        refuse_transforms("an AndersonWindow")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if dim < 1:

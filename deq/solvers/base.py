@@ -352,6 +352,7 @@ class Solver(ABC):
             fx = log.evaluate(x, part)
             if log.evaluations == self.max_iter and index is None:
                 evaluated = x.clone()  # the step may write into it, and no other evaluation can follow
+            last = x[-1:].clone() if self.compact else x  # where f of the last sample was taken
             x = iteration.step(x, fx, index)
             log.keep(iteration.residual, lambda: _put(x_all, x, index))  # noqa: B023
             if log.evaluations == self.max_iter:
@@ -370,7 +371,7 @@ class Solver(ABC):
                 # Samples that move come first; should one have frozen since they were counted, it is along for a while.
                 smaller = torch.argsort(iteration.outcome != 0, stable=True)[:left].sort().values
                 if part is None:
-                    hold_to_the_batch(iteration, log, restrict, x, fx, self.tol)
+                    hold_to_the_batch(log, restrict, last, fx, self.tol)
                 index, part = smaller, restrict(smaller)
                 x = x_all[index]
         if index is None:

@@ -194,37 +194,40 @@ def _solve_together(
     )
 
 
-def hold_to_the_batch(iteration: Iteration, log: Log, restrict: Restrict, x: Tensor, fx: Tensor, tol: float) -> None:
-    """Before samples are left out of the evaluations: asks f about one alone that stands still, and was in the last.
+def hold_to_the_batch(log: Log, restrict: Restrict, last: Tensor, fx: Tensor, tol: float) -> None:
+    """Before samples are left out of the evaluations: asks f about the last one alone, where it was in the batch.
 
-    Costs an evaluation of one sample. x, fx: (B, d), as for :func:`conclude`.
+    The last, since what is cut by place instead of by sample then shows. Costs an evaluation of one sample.
+
+    last: (1, d), the iterate of the last sample. fx: (B, d), f in the batch.
 
     Raises:
         ValueError: if the answer is another than in the batch, by more than the rounding of another batch size.
     """
-    converged = iteration.outcome == Outcome.CONVERGED
-    sample = converged.int().argmax()[None]
+    number = len(fx) - 1
+    expected = fx[number:].double()
     try:
         log.evaluations -= 1  # not one of the batch
-        alone = log.evaluate(x[sample], restrict(sample))
+        alone = log.evaluate(last, restrict(torch.tensor([number], device=fx.device))).double()
     except Exception as error:
         raise ValueError(
-            f"compact=True asks f about some samples alone, but for sample {int(sample)} it then fails "
+            f"compact=True asks f about some samples alone, but for sample {number} it then fails "
             f"({type(error).__name__}: {error}). {_SHARED}"
         ) from error
-    difference = (alone - fx[sample]).double().norm() / fx[sample].double().norm()
-    coarse = _AUTOCAST if torch.is_autocast_enabled(x.device.type) else 0.0
-    if bool((difference > max(tol, _OTHER_BATCH_SIZE * torch.finfo(x.dtype).eps, coarse)) & converged.any()):
+    difference = float((alone - expected).norm() / expected.norm())
+    rounding = _HALF if torch.is_autocast_enabled(fx.device.type) else _OTHER_BATCH_SIZE * torch.finfo(fx.dtype).eps
+    if difference > max(tol, min(rounding, _HALF)):
         raise ValueError(
-            f"compact=True asks f about some samples alone, but for sample {int(sample)} it then returns something "
-            f"else than in the batch (relative difference {float(difference):.1e}). {_SHARED}"
+            f"compact=True asks f about some samples alone, but for sample {number} it then returns something else "
+            f"than in the batch (relative difference {difference:.1e}). {_SHARED}"
         )
 
 
-_OTHER_BATCH_SIZE, _AUTOCAST = 1e4, 2**-6
-"""Relative difference that the rounding of another batch size may make: in units of the dtype's, and under autocast."""
+_OTHER_BATCH_SIZE, _HALF = 1e4, 2**-6
+"""Relative difference that the rounding of another batch size may make: in units of the dtype's, and the most, which is
+that of half precision and of autocast."""
 
 _SHARED = (
-    "Where samples see each other use compact=False; where a tensor of x is shared by all samples name it, "
-    "DEQ(..., shared=...)"
+    "Where samples see each other, or the cell keeps something for each of them by itself, use compact=False; where a "
+    "tensor of x is shared by all samples name it, DEQ(..., shared=...)"
 )

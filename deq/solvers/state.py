@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
+from kernels.window import is_real
+
 from .map import validate_start, validate_value
 
 if TYPE_CHECKING:
@@ -230,6 +232,8 @@ class Coordinates:
         sizes = matched(scale, skeleton, "scale")
         rows = []
         for (path, size), leaf in zip(sizes, leaves, strict=True):
+            if not (is_real(size) or isinstance(size, Tensor)):
+                raise ValueError(f"{path} must be a number or a tensor above 0, got {_kind(size)}")
             given = torch.as_tensor(size, dtype=leaf.dtype, device=leaf.device).detach()
             try:
                 row = given.expand(leaf.shape[1:])[None]

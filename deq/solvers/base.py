@@ -17,7 +17,7 @@ from kernels.state import FAR, PATIENCE, PROGRESS, accumulator_dtype, on_device,
 from kernels.tracing import refuse_tracing, runs_as_it_is
 from kernels.window import is_real, is_whole, residual_and_size, validate_patience
 
-from .batch import Log, conclude, found_coupled, go_on_together, hold_to_the_batch
+from .batch import Log, Look, conclude, go_on_together, hold_to_the_batch
 from .map import FixedPointMap, Restrict, validate_start
 from .plotting import plot_residuals
 from .state import Coordinates, Nest, flatten, unflatten
@@ -347,7 +347,7 @@ class Solver(ABC):
         x_all, index, part, evaluated = x, None, None, None
         iteration = self.start(x)
         moving = MovingSamples(len(z0), x.device)
-        look_at = _FIRST_LOOK
+        left, look_at = len(z0), _FIRST_LOOK
         while True:
             fx = log.evaluate(x, part)
             if log.evaluations == self.max_iter and index is None:
@@ -359,13 +359,14 @@ class Solver(ABC):
                 break
             if log.evaluations % self.check_every != 0:
                 continue
-            left = moving.count(iteration.outcome)
+            lost = None
+            if left < len(z0) and log.evaluations >= look_at and index is None:
+                lost, look_at = Look.at(self, iteration, x, fx).lost, 2 * look_at
+            left = moving.count(iteration.outcome, lost)
             if left == 0:
                 break
-            if left < len(z0) and log.evaluations >= look_at and index is None:
-                look_at *= 2
-                if found_coupled(self, iteration, x, fx):
-                    return go_on_together(self, iteration, x, log)
+            if left < 0:
+                return go_on_together(self, iteration, x, log)
             if self.compact and restrict is not None and left <= _COMPACT_AT * x.shape[0]:
                 x_all = _put(x_all, x, index)
                 # Samples that move come first; should one have frozen since they were counted, it is along for a while.
@@ -509,9 +510,11 @@ class MovingSamples:
             self._events = (torch.cuda.Event(), torch.cuda.Event())
             self._reads = 0
 
-    def count(self, outcome: Tensor) -> int:
-        """outcome: (B,) uint8, 0 for samples that move."""
+    def count(self, outcome: Tensor, lost: Tensor | None = None) -> int:
+        """outcome: (B,) uint8, 0 for samples that move. lost, () bool: whether to say -1 instead."""
         moving = (outcome == 0).sum()
+        if lost is not None:
+            moving = torch.where(lost, -1, moving)
         if not self._late:
             return int(moving)
         now = self._reads % 2

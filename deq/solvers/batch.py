@@ -74,9 +74,12 @@ class Look:
 
     residual: Tensor
     """(B,) of each sample in that evaluation."""
-    verdict: Tensor
-    """(3,) bool: the whole batch is returned as it was evaluated; every sample that converged stood still in an
-    evaluation in which others moved, and did not notice; one is above its tolerance now."""
+    whole: Tensor
+    """() bool: all samples stand still, so that the batch is returned as it was evaluated."""
+    proven: Tensor
+    """() bool: every sample that converged stood still while others moved, and did not notice."""
+    lost: Tensor
+    """() bool: one that converged is above its tolerance now."""
 
     @staticmethod
     def at(solver: Solver, iteration: Iteration, x: Tensor, fx: Tensor) -> Look:
@@ -91,8 +94,19 @@ class Look:
         if solver.stop == "mean":
             proven = torch.zeros_like(proven)  # all stop together: nobody stood still while others moved
         lost = converged & ~unchanged & ~(now <= solver.tol * (1 + _NOISE))
-        verdict = torch.stack([stands.all(), (proven | ~converged).all() & (solver.stop == "max"), lost.any()])
-        return Look(torch.where((outcome != 0) & ~unchanged, now, told), verdict)
+        everybody = (proven | ~converged).all() & (solver.stop == "max")
+        return Look(torch.where((outcome != 0) & ~unchanged, now, told), stands.all(), everybody, lost.any())
+
+    def read(self) -> list[bool]:
+        """whole, proven and lost. Waits for the device, as :class:`~deq.solvers.base.MovingSamples` does."""
+        flags = torch.stack([self.whole, self.proven, self.lost])
+        if flags.device.type == "cuda":
+            here, event = torch.empty(3, dtype=torch.bool, pin_memory=True), torch.cuda.Event()
+            here.copy_(flags, non_blocking=True)
+            event.record()
+            event.synchronize()
+            flags = here
+        return flags.tolist()
 
 
 def conclude(
@@ -110,7 +124,7 @@ def conclude(
     where no other can follow.
     """
     look = look or Look.at(solver, iteration, x, fx)
-    whole, proven, lost = look.verdict.tolist()
+    whole, proven, lost = look.read()
     more = log.evaluations < solver.max_iter
     z, residual = x, look.residual
     if not whole:
@@ -135,11 +149,6 @@ def conclude(
     if lost and more:
         return _solve_together(solver, iteration, z, fx, residual, log)
     return solver.account(iteration, z, residual, log)
-
-
-def found_coupled(solver: Solver, iteration: Iteration, x: Tensor, fx: Tensor) -> bool:
-    """Whether a sample that stands still is above its tolerance since others moved. Waits for the device."""
-    return bool(Look.at(solver, iteration, x, fx).verdict[2])
 
 
 def go_on_together(solver: Solver, iteration: Iteration, x: Tensor, log: Log) -> Solution:

@@ -141,8 +141,8 @@ def test_a_cell_with_batch_norm_in_training_mode_is_refused_by_name() -> None:
 class Late(solvers_base.MovingSamples):
     """The GPU's way of counting, played on a CPU."""
 
-    def count(self, outcome: Tensor) -> int:
-        late, self._previous = self._previous, int((outcome == 0).sum())
+    def count(self, outcome: Tensor, lost: Tensor | None = None) -> int:
+        late, self._previous = self._previous, -1 if lost is not None and lost else int((outcome == 0).sum())
         return late
 
 

@@ -401,8 +401,8 @@ def test_flags_that_are_read_late_change_nothing_of_it(
     kind: type[Solver], late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Late(solvers_base.MovingSamples):
-        def count(self, outcome: Tensor) -> int:
-            before, self._previous = self._previous, int((outcome == 0).sum())
+        def count(self, outcome: Tensor, lost: Tensor | None = None) -> int:
+            before, self._previous = self._previous, -1 if lost is not None and lost else int((outcome == 0).sum())
             return before
 
     if late:

@@ -36,6 +36,7 @@ from kernels.tracing import refuse_transforms
 __all__ = ["Backward", "Gradient", "Implicit", "JacobianFree", "Phantom", "Unrolled", "Unrolling"]
 
 Record = Callable[[Solution], None]
+Held = Callable[[], contextlib.AbstractContextManager[object]]
 SolveAdjoint = Callable[[Solver, Tensor, Tensor], Solution]
 """(solver, z, b), z and b (B, ...) -> the solution of u = J^T u + b with J = df/dz at z, from u = b."""
 
@@ -63,6 +64,8 @@ class Backward:
     """f for some samples alone, for solvers that compact; what it closes over is detached."""
     solve_adjoint: SolveAdjoint | None = None
     """The backward solve as recorded graphs; None: products with the recorded evaluation of f."""
+    held: Held = contextlib.nullcontext
+    """The context of an evaluation of f, in which a product may have to do it again (a checkpoint in the cell)."""
 
 
 class Gradient(ABC):
@@ -99,7 +102,10 @@ class Implicit(Gradient):
     and which keeps gradients of any magnitude clear of underflow.
 
     Args:
-        solver: of the adjoint equation; default: the layer's own.
+        solver: of the adjoint equation; default: the layer's own. Its ``atol`` is not used, having no unit there.
+
+    Raises:
+        ValueError: for a solver that is none.
 
     Source: Bai, Kolter & Koltun 2019, theorem 1.
 
@@ -111,13 +117,19 @@ class Implicit(Gradient):
 
     solver: Solver | None = None
 
+    def __post_init__(self) -> None:
+        if not (self.solver is None or isinstance(self.solver, Solver)):
+            raise ValueError(f"solver must be a solver such as Anderson(), got {self.solver!r}")
+
     def attach(self, f: FixedPointMap, z_star: Tensor, backward: Backward) -> Tensor:
         with torch.enable_grad():
             z = _Source.apply(z_star.detach().requires_grad_())
         f_star = recorded(f, z)
         if not _depends_on_more_than_z(f_star):
             return z_star.clone()
-        result: Tensor = _Adjoint.apply(f_star, z, z_star, self.solver or backward.solver, backward)
+        solver = self.solver or backward.solver
+        solver = replace(solver, atol=0.0) if solver.atol else solver
+        result: Tensor = _Adjoint.apply(f_star, z, z_star, solver, backward)
         return result
 
 
@@ -354,7 +366,7 @@ class _Adjoint(torch.autograd.Function):
             solution = layer.solve_adjoint(ctx.solver, z, right_side)
         else:
             solution = ctx.solver.solve(
-                adjoint_map(f_star, z, right_side),
+                adjoint_map(f_star, z, right_side, layer.held),
                 right_side,
                 restrict=restrict if layer.restrict is not None else None,
             )
@@ -369,13 +381,13 @@ def _refuse_second_derivatives() -> None:
         raise RuntimeError("a DEQ layer has no second derivatives: leave out create_graph=True")
 
 
-def adjoint_map(f_star: Tensor, z: Tensor, right_side: Tensor) -> FixedPointMap:
-    """u -> J^T u + right side, with J = df/dz where f_star = f(z) was recorded."""
+def adjoint_map(f_star: Tensor, z: Tensor, right_side: Tensor, held: Held = contextlib.nullcontext) -> FixedPointMap:
+    """u -> J^T u + right side, with J = df/dz where f_star = f(z) was recorded; ``held`` as in :class:`Backward`."""
 
     def mapped(u: Tensor) -> Tensor:
         # Only z is asked for, so that no weight gradient is computed here. A cell that does not use z has J = 0.
         product: Tensor
-        with _repeatable_backward():
+        with _repeatable_backward(), held():
             (product,) = torch.autograd.grad(f_star, z, u, retain_graph=True, materialize_grads=True)
         return product + right_side
 

@@ -111,10 +111,14 @@ class LayerGraphs:
                 replay = recorder.record(evaluate)
                 replay()
             # By iterations: autograd launches on the stream that f was recorded on, and the body of a recorded loop
-            # is recorded on one of its own.
+            # is recorded on one of its own. Not again: what f_star has saved is written to by each replay.
             products = adjoint_map(f_star[0], z_here, b_here)
             return _Adjoint(
-                x_here, z_here, b_here, replay, CapturedSolve(solver, products, right_side, recorder, whole=False)
+                x_here,
+                z_here,
+                b_here,
+                replay,
+                CapturedSolve(solver, products, right_side, recorder, whole=False, again=False),
             )
 
         kept = self._get(("adjoint", solver, mode, _key(cell, *x, z)), record)

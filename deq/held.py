@@ -15,7 +15,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from functools import partial
 from typing import Literal, cast, get_args
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
@@ -169,24 +170,29 @@ def _stands_in(parametrizations: nn.ModuleDict, name: str, value: Tensor, index:
 
 
 class _RunningStatistics:
-    """The running statistics of one norm: after each evaluation as they were before the solve."""
+    """The running statistics of one norm: one call of the layer moves them once, from where they were before."""
 
     def __init__(self, norm: _NormBase) -> None:
         self._buffers = list(norm.buffers(recurse=False))
         self._before = [buffer.clone() for buffer in self._buffers]
-        self._moved: list[Tensor] | None = None
+        self._moved = False
 
     @contextmanager
     def held(self, index: Tensor | None) -> Iterator[None]:
+        # Once they have moved, they are left as they are found: others may have moved them since.
+        before = [buffer.clone() for buffer in self._buffers] if self._moved else self._before
+        self._put(before)
         try:
             yield
-        finally:
-            self._moved = [buffer.clone() for buffer in self._buffers]
-            self._put(self._before)
+        except BaseException:
+            self._put(before)
+            raise
+        if self._moved:
+            self._put(before)
 
-    def commit(self) -> None:
-        if self._moved is not None:
-            self._put(self._moved)
+    def move(self) -> None:
+        """Leaves them as the evaluation before has moved them; no other does."""
+        self._moved = True
 
     def _put(self, values: list[Tensor]) -> None:
         for buffer, value in zip(self._buffers, values, strict=True):
@@ -204,6 +210,19 @@ def statistics_over_the_batch(cell: object) -> str | None:
     return None
 
 
+def _processes() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _draws(module: nn.Module) -> str | None:
+    """What a module of PyTorch's, other than a dropout, draws random numbers by in training mode."""
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0:
+        return f"dropout={module.dropout}"
+    if isinstance(module, nn.RReLU) and module.lower != module.upper:
+        return f"lower={module.lower}, upper={module.upper}"
+    return None
+
+
 def hold(cell: object, batch_size: int, *, cuda_graph: bool = False) -> Held:
     """Computes every parametrised weight of the cell, once, and makes room for its dropouts' masks.
 
@@ -217,7 +236,8 @@ def hold(cell: object, batch_size: int, *, cuda_graph: bool = False) -> Held:
 
     Raises:
         ValueError: if the cell is another map at every call and cannot be held: an ordinary dropout in training mode,
-            the hook of ``torch.nn.utils.spectral_norm``, a VariationalDropout in a DEQ layer inside; with
+            the hook of ``torch.nn.utils.spectral_norm``, a dropout of attention or of an RNN, a VariationalDropout in
+            a DEQ layer inside; for a SyncBatchNorm in training mode on several processes; with
             ``cuda_graph`` also a VariationalDropout, a norm with running statistics or a parametrisation that has a
             state (``spectral_norm``), all in training mode.
     """
@@ -225,6 +245,18 @@ def hold(cell: object, batch_size: int, *, cuda_graph: bool = False) -> Held:
     statistics: list[_RunningStatistics] = []
     for path, module in cell.named_modules() if isinstance(cell, nn.Module) else ():
         name = path or "module"
+        if isinstance(module, SyncBatchNorm) and module.training and _processes() > 1:
+            raise ValueError(
+                f"a solve makes as many evaluations as its own samples need, but in each the cell's {name}, a "
+                f"SyncBatchNorm in training mode, would wait for all {_processes()} processes: use a GroupNorm, or a "
+                "batch norm of each process's own"
+            )
+        if module.training and (drawn := _draws(module)) is not None:
+            raise ValueError(
+                f"a fixed point needs a cell that is the same map at every call, but its {name}, a "
+                f"{type(module).__name__} in training mode, draws random numbers ({drawn}): set that to 0, and use "
+                "deq.stability.VariationalDropout"
+            )
         if isinstance(module, _DropoutNd) and module.training and module.p > 0:
             raise ValueError(
                 f"a fixed point needs a cell that is the same map at every call, but its {name} is a "
@@ -278,7 +310,7 @@ class Held:
                 stack.enter_context(context(index))
             yield
 
-    def commit(self) -> None:
-        """Moves running statistics by those of the evaluation before."""
+    def move_statistics(self) -> None:
+        """Running statistics stay where the evaluation before has moved them; evaluations after it move none."""
         for statistics in self._statistics:
-            statistics.commit()
+            statistics.move()

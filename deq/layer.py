@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from deq.gradients import Backward, Gradient, Implicit, JacobianFree
 from deq.graphs import LayerGraphs
 from deq.held import hold, statistics_over_the_batch
 from deq.solvers import Anderson, Solution, Solver
+from deq.solvers.batch import verify
 from deq.solvers.map import FixedPointMap
 from deq.solvers.state import Coordinates, Nest, Skeleton, flatten, matched, unflatten
 from kernels.tracing import refuse_tracing, runs_as_it_is
@@ -68,7 +69,7 @@ class DEQ(nn.Module):
         shared: keys of x (places, where it is a tuple or list) whose tensors belong to all samples together: a solver
             that compacts hands them on whole.
         scale: sizes of the components of z, above 0, as :meth:`deq.solvers.Solver.solve` takes them; the adjoint's are
-            their inverses.
+            their inverses, so that gradients are as exact as those of a loss in units of these sizes.
         aux: the cell returns (z, anything): a call returns (z*, that), with what it is at z*. That is one more
             evaluation, through which gradients pass.
 
@@ -77,6 +78,9 @@ class DEQ(nn.Module):
         last_adjoint: account of the backward solve that belongs to it, None until ``backward`` has run (and always
             for gradients without one).
         graphs: what is recorded, with ``cuda_graph``.
+
+    To be recomputed by ``torch.utils.checkpoint`` a layer is a bad choice: it keeps the activations of one evaluation,
+    and a backward solve would recompute the forward solve for each of its products.
 
     Under autocast the state is kept in float32 and what the cell returns is cast to it.
 
@@ -121,12 +125,19 @@ class DEQ(nn.Module):
         aux: bool = False,
     ) -> None:
         super().__init__()
-        if isinstance(shared, str):
-            raise ValueError(f"shared must be a collection of keys of x, got the string {shared!r}: give [{shared!r}]")
+        if isinstance(shared, str) or not isinstance(shared, Collection):
+            raise ValueError(f"shared must be a list of keys of x, got {shared!r}: give [{shared!r}]")
         for name, value in (("coupled", coupled), ("aux", aux), ("cuda_graph", cuda_graph)):
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be true or false, got {value!r}")
+        if not callable(cell) or isinstance(cell, type):
+            raise ValueError(f"cell must be a module or a function (z, x) -> z, got {cell!r}")
+        if not (solver is None or isinstance(solver, Solver)):
+            raise ValueError(f"solver must be a solver such as Anderson(), got {solver!r}")
+        if not (gradient is None or isinstance(gradient, Gradient)):
+            raise ValueError(f"gradient must be a gradient such as Implicit(), got {gradient!r}")
         self.coupled, self.shared, self.scale, self.aux = coupled, tuple(shared), scale, aux
+        self._coordinates: dict[Hashable, Coordinates] = {}
         self.cell = cell
         self.solver = solver if solver is not None else Anderson()
         self.gradient = gradient if gradient is not None else Implicit()
@@ -142,7 +153,7 @@ class DEQ(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # The accounts of the last call are the caller's data, and no part of the model.
-        return self.__dict__ | {"last_solution": None, "last_adjoint": None}
+        return self.__dict__ | {"last_solution": None, "last_adjoint": None, "_coordinates": {}}
 
     @runs_as_it_is
     def forward(self, x: Nest, z0: Nest | None = None) -> Any:
@@ -191,6 +202,9 @@ class DEQ(nn.Module):
         inputs, x_skeleton = flatten(x, "x")
         starts, skeleton = (inputs, x_skeleton) if z0 is None else flatten(z0, "z0")
         refuse_tracing("a DEQ layer", *inputs, *starts)
+        if not isinstance(corrections, Iterable):
+            raise ValueError(f"corrections must be a list of evaluations such as [3, 6], got {corrections!r}")
+        corrections = tuple(corrections)
         device_type = inputs[0].device.type
         autocast = torch.is_autocast_enabled(device_type)
         autocast_dtype = torch.get_autocast_dtype(device_type)
@@ -202,12 +216,14 @@ class DEQ(nn.Module):
         compacts = self._compacts()
         coupled = self.coupled or statistics_over_the_batch(self.cell) is not None
         z0 = unflatten(skeleton, starts)
-        coordinates = Coordinates(z0, coupled=coupled, scale=self.scale, compact=compacts)
+        coordinates = self._coordinates_of(z0, coupled, compacts)
         start = coordinates.pack(z0)
         shared = self._shared(x_skeleton)
         if compacts:
             self._refuse_rows_that_are_no_samples(x, x_skeleton, shared, coordinates.batch_size)
+        self._materialise(x, z0)
         held = hold(self.cell, coordinates.batch_size, cuda_graph=self.cuda_graph)
+        cache_enabled = torch.is_autocast_cache_enabled() and not self.cuda_graph
 
         def cell_at(z: Any, x: Any, index: Tensor | None = None) -> Any:
             if not autocast:
@@ -226,11 +242,6 @@ class DEQ(nn.Module):
 
             return coordinates.flat_map(f, cast=autocast)
 
-        if isinstance(self.cell, nn.Module) and any(map(is_lazy, self.cell.parameters())):
-            with torch.no_grad():  # gives the parameters their shapes, before anything is kept of them
-                cell_at(z0, x)
-
-        cache_enabled = torch.is_autocast_cache_enabled() and not self.cuda_graph
         # All that a recording depends on besides the shapes and the cell.
         mode = (autocast_dtype if autocast else None, repr(x_skeleton), repr(coordinates))
         recorded_with = self._versions(inputs)
@@ -254,43 +265,86 @@ class DEQ(nn.Module):
 
         f = map_of(inputs)
         given = restrict if compacts else None
+        recording = torch.is_grad_enabled()
         if self.cuda_graph:
             if corrections:
                 raise ValueError(
-                    f"cuda_graph=True replays a solve without its iterates, but corrections={tuple(corrections)} were "
-                    "asked for: use cuda_graph=False"
+                    f"cuda_graph=True replays a solve without its iterates, but corrections={corrections} were asked "
+                    "for: use cuda_graph=False"
                 )
             self._refuse_nested_graphs()
             solution = self.graphs.solve(self.solver, map_of, self.cell, inputs, start, mode)
         else:
-            solution = self.solver.solve(f, start, restrict=given, states_at=corrections)
+            # With a gradient f is evaluated at z* anyway.
+            solution = self.solver.solve(f, start, restrict=given, states_at=corrections, check=not recording)
         # The states belong to the caller: an account is kept until the next call.
         states, solution = solution.states, replace(solution, states=())
-        found = self.last_solution = coordinates.account(solution)
         self.last_adjoint = None
 
         def f_of_states(z: Any) -> Any:
             return coordinates.unpack(f(coordinates.pack(z)))
 
-        def equilibrium(z_star: Any, states: Iterable[Tensor]) -> Equilibrium:
+        def found(z_star: Any, states: Iterable[Tensor]) -> Equilibrium:
             aux = _aux(cell_at(z_star, x)) if self.aux else None
-            held.commit()
             return Equilibrium(z_star, tuple(map(coordinates.unpack, states)), f_of_states, aux)
 
-        if not torch.is_grad_enabled():
+        if not recording:
+            held.move_statistics()
+            self.last_solution = coordinates.account(solution)
             # A copy, as with a gradient: what is returned is the caller's to write to, the account is not.
-            return equilibrium(coordinates.unpack(solution.z.clone()), states)
+            return found(coordinates.unpack(solution.z.clone()), states)
+
+        at_z_star: list[Tensor] = []
+
+        def watched(z: Tensor) -> Tensor:
+            fz = f(z)
+            if not at_z_star and z.data_ptr() == solution.z.data_ptr():
+                at_z_star.append(fz.detach())
+                held.move_statistics()
+            return fz
 
         def record(adjoint: Solution) -> None:
             # A layer used twice in one graph keeps the accounts of its last use, both of them.
-            if self.last_solution is found:
-                self.last_adjoint = coordinates.account(adjoint)
+            if self.last_solution is account:
+                self.last_adjoint = coordinates.account(adjoint, adjoint=True)
 
         replayed = solve_adjoint if self.cuda_graph else None
-        backward = Backward(self.solver, record, given, replayed)
-        z = self.gradient.attach(f, solution.z, backward)
+        backward = Backward(self.solver, record, given, replayed, held=lambda: held(None))
+        z = self.gradient.attach(watched, solution.z, backward)
+        held.move_statistics()
+        if not solution.verified:
+            with torch.no_grad():
+                fz = at_z_star[0] if at_z_star else f(solution.z)
+                solution = verify(self.solver, solution, fz)
+        account = self.last_solution = coordinates.account(solution)
         on_the_way = [JacobianFree().attach(f, state, backward) for state in states]
-        return equilibrium(coordinates.release(z), on_the_way)
+        return found(coordinates.release(z), on_the_way)
+
+    def _coordinates_of(self, z0: Nest, coupled: bool, compacts: bool) -> Coordinates:
+        """Made once for each kind of state: a scale is looked at when it is first used."""
+        leaves, skeleton = flatten(z0, "z0")
+        shapes = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
+        key = (repr(skeleton), shapes, coupled, compacts, id(self.scale))
+        if key not in self._coordinates:
+            if len(self._coordinates) >= _KINDS_OF_STATES:
+                self._coordinates.clear()
+            self._coordinates[key] = Coordinates(z0, coupled=coupled, scale=self.scale, compact=compacts)
+        return self._coordinates[key]
+
+    def _materialise(self, x: Any, z0: Any) -> None:
+        """Lazy parameters and buffers take their shapes before anything is kept of them."""
+        if not isinstance(self.cell, nn.Module) or not any(
+            map(is_lazy, (*self.cell.parameters(), *self.cell.buffers()))
+        ):
+            return
+        modes = {module: module.training for module in self.cell.modules()}
+        self.cell.eval()  # draws no mask, and moves no statistics
+        try:
+            with torch.no_grad():
+                self.cell(z0, x)
+        finally:
+            for module, training in modes.items():
+                module.training = training
 
     def _versions(self, inputs: Sequence[Tensor]) -> list[tuple[int, int]]:
         """What tells whether tensors are the same and unchanged (inference tensors count nothing: left out)."""
@@ -345,6 +399,10 @@ class DEQ(nn.Module):
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, gradient={self.gradient}"
+
+
+_KINDS_OF_STATES = 32
+"""Kept of shapes, dtypes and devices of a layer's states."""
 
 
 def _is_traced(x: object) -> bool:

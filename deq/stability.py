@@ -117,7 +117,7 @@ def spectral_radius(
     of two finds none of them, but how fast vectors grow tells their modulus: such a sample gets that, within the
     inverse of the number of steps, and is marked as not converged.
 
-    Cost: an evaluation of f, one product with J^T, and two a step. Nothing is differentiable. For a look now and then:
+    Cost: an evaluation of f, two products with J^T, and two a step. Nothing is differentiable. For a look now and then:
     the stopping test waits for the device in every step.
 
     Args:
@@ -181,13 +181,17 @@ def spectral_radius(
 
 
 def _refuse_coupled_samples(transposed: FixedPointMap, flat: Tensor) -> None:
-    """Raises ValueError where a product with rows of every second sample reaches the others."""
-    others = torch.arange(len(flat), device=flat.device) % 2 == 1
-    probe = torch.ones_like(flat)
-    probe[others] = 0
+    """Raises ValueError where the product with a row depends on other rows: multiplied by powers of two of their own,
+    independent rows of it are multiplied by these, to the bit.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(flat.shape, generator=generator, dtype=torch.float64).to(flat)
+    exponents = torch.randperm(len(flat), generator=generator) % 16
+    powers = (2.0**exponents).to(flat).view(-1, *(1,) * (flat.ndim - 1))
     with torch.no_grad():
-        reached = transposed(probe)[others]
-    if bool((reached.isfinite() & (reached != 0)).any()):
+        apart, together = transposed(rows) * powers, transposed(rows * powers)
+    differ = (apart != together) & apart.isfinite() & together.isfinite()
+    if bool((differ & ((apart - together).abs() > 1e-6 * apart.abs().amax(dim=-1, keepdim=True))).any()):
         raise ValueError("the samples of z see each other, so that none has a radius of its own: use coupled=True")
 
 

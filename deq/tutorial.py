@@ -61,7 +61,13 @@ class TutorialSolver(Solver):
         return torch.tensor(solution.pooled_residual, dtype=torch.float64, device=solution.residual.device)
 
     def _solve(
-        self, f: FixedPointMap, z0: Tensor, trace: bool, restrict: Restrict | None, states_at: Collection[int]
+        self,
+        f: FixedPointMap,
+        z0: Tensor,
+        trace: bool,
+        restrict: Restrict | None,
+        states_at: Collection[int],
+        check: bool,
     ) -> Solution:
         if states_at:
             raise ValueError(f"{type(self).__name__} keeps no iterates on the way: leave states_at out")

@@ -26,7 +26,7 @@ constexpr int64_t BLOCK = 2048;        // elements whose residual stays in the L
 constexpr int64_t PIECE = 16 * BLOCK;  // elements of one unit of work where there are fewer samples than threads
 constexpr int64_t MAX_WINDOW = 64;
 constexpr uint8_t CONVERGED = 1, NON_FINITE = 2, DIVERGED = 3;  // kernels.state.Outcome
-enum { PREDICTED, RELAXATION, LOWEST, STALLED, HELD, SIZE, CARRIED };        // kernels.state.Carried, and their number
+enum { PREDICTED, RELAXATION, LOWEST, STALLED, HELD, CARRIED };              // kernels.state.Carried, and their number
 constexpr int64_t CACHED = 64 << 20;   // bytes of history that caches may hold: above those of a desktop processor
 
 }  // namespace
@@ -312,12 +312,12 @@ bool finish(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled
     s.row_residual[slot] = finite ? rounded : infinity;
     double* const carried = s.carried + CARRIED * (steps % 2);
     double predicted = carried[PREDICTED], relaxation = carried[RELAXATION], lowest = carried[LOWEST],
-           stalled = carried[STALLED], size_then = carried[SIZE];
+           stalled = carried[STALLED];
 
-    const double size = finite ? std::sqrt(sums[slot]) : std::numeric_limits<double>::infinity();
+    const int64_t oldest = steps + 1 < m ? 0 : (steps + 1) % m;
+    const bool shrinks = finite && sums[slot] < w.progress * w.progress * s.H[oldest * m + oldest];
     if (residual < w.progress * lowest) {
         lowest = residual;
-        size_then = size;
         stalled = 0.0;
     } else {
         stalled += 1.0;
@@ -379,14 +379,13 @@ bool finish(const Window& w, const Sample<T, R>& s, int64_t slot, int64_t filled
     next[LOWEST] = lowest;
     next[STALLED] = stalled;
     next[HELD] = held;
-    next[SIZE] = size_then;
     const bool recovers = before < filled && valid[before];
     if (rounded <= static_cast<T>(w.tol))
         *s.outcome = CONVERGED;
     else if (!finite && !recovers)
         *s.outcome = NON_FINITE;
     else if (w.patience > 0 && stalled >= static_cast<double>(w.patience) && lowest > w.far &&
-             !(size < w.progress * size_then))
+             !shrinks)
         *s.outcome = DIVERGED;
     s.tally[1] += !solved && *s.outcome == 0;
     return *s.outcome == 0;

@@ -56,9 +56,11 @@ class Outcome(IntEnum):
     other than Anderson's)."""
     DIVERGED = 3
     """Given up: its relative residual was above :data:`FAR` and did not fall by a twentieth in ``patience`` steps, nor
-    did ||f - x|| (which does, where the solution is zero)."""
+    was ||f - x|| falling, as it does where the solution is zero: by a twentieth since the oldest row of the window (in
+    those steps, for solvers without one)."""
     STAGNATED = 4
-    """It would have gone on, but neither its relative residual nor ||f - x|| had fallen by a twentieth for 20 steps."""
+    """It would have gone on, but its relative residual had not fallen by a twentieth for 20 steps, and ||f - x|| was
+    not falling either."""
     MEAN_MET = 5
     """Its own relative residual is above tol, but the mean of those not given up is not, and that was the test."""
 
@@ -102,19 +104,10 @@ forward iteration drifts past it."""
 BLOW = 2.0
 
 
-def track_progress(
-    residual: Tensor, size: Tensor, lowest: Tensor, size_then: Tensor, stalled: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """After one more step: the relative residual that counted as progress last, ||g|| then, and the steps since.
-
-    All (n,). residual, size: the relative residual and ||g|| of this step.
-    """
+def track_progress(residual: Tensor, lowest: Tensor, stalled: Tensor) -> tuple[Tensor, Tensor]:
+    """The relative residual that counted as progress last, and the steps since then, after one more: all (n,)."""
     progress = residual < PROGRESS * lowest
-    return (
-        torch.where(progress, residual, lowest),
-        torch.where(progress, size, size_then),
-        (stalled + 1).masked_fill_(progress, 0),
-    )
+    return torch.where(progress, residual, lowest), (stalled + 1).masked_fill_(progress, 0)
 
 
 class Carried(IntEnum):
@@ -130,11 +123,9 @@ class Carried(IntEnum):
     """Steps since then."""
     HELD = 4
     """Steps since then, or since forward steps were given up: what :data:`STALL` counts."""
-    SIZE = 5
-    """||g|| when LOWEST was: where it has fallen by a twentieth since, a sample is on its way to zero, and not lost."""
 
 
-FIRST_CARRIED = (math.inf, 1.0, math.inf, 0.0, 0.0, math.inf)
+FIRST_CARRIED = (math.inf, 1.0, math.inf, 0.0, 0.0)
 
 
 @dataclass
@@ -167,7 +158,7 @@ class WindowState:
     """(B, 2) int32: how often forward steps began because there was no progress, and steps that fell back to a plain
     damped one because the system could not be solved or f was not finite."""
     carried: Tensor
-    """(B, 2, 6) float64: what the last step hands on, see :class:`Carried`, in plane k mod 2 after k steps. Two planes,
+    """(B, 2, 5) float64: what the last step hands on, see :class:`Carried`, in plane k mod 2 after k steps. Two planes,
     so that no program of a launch reads what another one writes."""
     beta: float
     adaptive: bool

@@ -180,12 +180,13 @@ def _weigh(
     newest = row == slot[:, None]
     residual = state.residual[samples].double()
     carried = state.carried[samples, steps % 2]
-    predicted, relaxation, lowest, stalled, held, size_then = carried.unbind(dim=1)
+    predicted, relaxation, lowest, stalled, held = carried.unbind(dim=1)
 
     diagonal = torch.diagonal(H, dim1=1, dim2=2)
     squared = torch.where(newest, diagonal, 0.0).sum(dim=1)
-    size = torch.where(finite, squared.sqrt(), torch.inf)
-    lowest, size_then, stalled = track_progress(residual, size, lowest, size_then, stalled)
+    oldest = torch.where(steps + 1 < state.window, 0, (steps + 1) % state.window)
+    shrinks = finite & (squared < PROGRESS**2 * diagonal.gather(1, oldest[:, None])[:, 0])
+    lowest, stalled = track_progress(residual, lowest, stalled)
     held = torch.minimum(held + 1, stalled)
     row_residual = state.row_residual[samples, :rows]
     valid = in_use & (row_residual >= 0) & (row_residual < torch.inf)
@@ -221,11 +222,11 @@ def _weigh(
     before = (row == ((slot - 1) % state.window)[:, None]) & valid
     alpha = torch.where(finite[:, None], alpha, before.to(alpha.dtype)).to(state.weights.dtype)
     state.carried[samples, (steps + 1) % 2] = torch.stack(
-        [torch.where(solved, 1.0 / total, torch.inf), relaxation, lowest, stalled, held, size_then], dim=1
+        [torch.where(solved, 1.0 / total, torch.inf), relaxation, lowest, stalled, held], dim=1
     )
     outcome = torch.zeros_like(state.outcome[samples])
     if state.patience:
-        outcome[(stalled >= state.patience) & (lowest > FAR) & ~(size < PROGRESS * size_then)] = Outcome.DIVERGED
+        outcome[(stalled >= state.patience) & (lowest > FAR) & ~shrinks] = Outcome.DIVERGED
     outcome[~finite & ~before.any(dim=1)] = Outcome.NON_FINITE
     outcome[state.residual[samples] <= state.tol] = Outcome.CONVERGED
     state.outcome[samples] = outcome

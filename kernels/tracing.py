@@ -52,9 +52,13 @@ def _run(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 _mark(_run)
 
 
-@functools.cache
 def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return cast("Callable[..., Any]", torch.compiler.disable(function, reason=_WHY))
+    if function not in _made:  # a dict, since a compiler warns of functools.cache
+        _made[function] = torch.compiler.disable(function, reason=_WHY)
+    return _made[function]
+
+
+_made: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 def refuse_tracing(what: str, *tensors: Any) -> None:

@@ -66,7 +66,7 @@ _NEAR = tl.constexpr(NEAR)
 _SMALLEST_RELAXATION, _LARGEST_RELAXATION = tl.constexpr(SMALLEST_RELAXATION), tl.constexpr(LARGEST_RELAXATION)
 _CONVERGED, _NON_FINITE = tl.constexpr(int(Outcome.CONVERGED)), tl.constexpr(int(Outcome.NON_FINITE))
 _DIVERGED = tl.constexpr(int(Outcome.DIVERGED))
-_PREDICTED, _RELAXATION, _LOWEST, _STALLED, _HELD, _SIZE = (tl.constexpr(int(column)) for column in Carried)
+_PREDICTED, _RELAXATION, _LOWEST, _STALLED, _HELD = (tl.constexpr(int(column)) for column in Carried)
 _CARRIED = tl.constexpr(len(Carried))
 
 
@@ -273,8 +273,8 @@ def _weigh(
     ACCUMULATOR: tl.constexpr,
 ):
     """From the new Gram row to the weights: (alpha (ROWS,), beta (r - 1) (), residual (), row residuals (ROWS,),
-    outcome () int, what the next step is told (predicted, relaxation, lowest, stalled, held, ||g|| at the lowest),
-    whether the system was solved).
+    outcome () int, what the next step is told (predicted, relaxation, lowest, stalled, held), whether the system was
+    solved).
 
     Every program of a sample finds the same, whether the first has already written what it found or not: ``carried`` is
     read in one plane and written in the other, and a row that was dropped stays dropped.
@@ -287,19 +287,16 @@ def _weigh(
     infinity = float("inf")
     finite = (g_squared < infinity) & (f_squared < infinity)
     # Where only f is zero the residual is the largest number, which is large and no failure.
-    size = tl.sqrt(g_squared)
-    ratio = size / (tl.sqrt(f_squared) + tl.full((), floor, tl.float64))
+    ratio = tl.sqrt(g_squared) / (tl.sqrt(f_squared) + tl.full((), floor, tl.float64))
     residual = tl.where(finite, tl.where(ratio < LARGEST, ratio, LARGEST), float("nan")).to(ACCUMULATOR)
     converged = residual <= tl.full((), tol, ACCUMULATOR)
 
     carried = carried_ptr + (sample * 2 + steps % 2) * _CARRIED
     lowest = tl.load(carried + _LOWEST)
     stalled = tl.load(carried + _STALLED)
-    size_then = tl.load(carried + _SIZE)
     wide_residual = residual.to(tl.float64)
     progress = wide_residual < lowest * _PROGRESS
     lowest = tl.where(progress, wide_residual, lowest)
-    size_then = tl.where(progress, size, size_then)
     stalled = tl.where(progress, 0.0, stalled + 1.0)
 
     entry = tl.where(finite, residual, infinity)
@@ -361,7 +358,9 @@ def _weigh(
     alpha = tl.where(finite, alpha, tl.where(before, 1.0, 0.0)).to(ACCUMULATOR)
     longer = tl.where(solved, longer, 0.0)
     predicted = tl.where(solved, 1.0 / total, infinity)
-    shrinks = finite & (size < size_then * _PROGRESS)
+    oldest = tl.where(steps + 1 < WINDOW, 0, (steps + 1) % WINDOW)
+    then_squared = tl.sum(tl.where(row == oldest, H_diagonal, 0.0), axis=0)
+    shrinks = finite & (g_squared < then_squared * _PROGRESS * _PROGRESS)
     diverged = (patience > 0) & (stalled >= patience) & (lowest > _FAR) & (shrinks == 0)
     outcome = tl.where(diverged, _DIVERGED, 0)
     outcome = tl.where((finite == 0) & (recovers == 0), _NON_FINITE, outcome)
@@ -377,7 +376,6 @@ def _weigh(
         lowest,
         stalled,
         held,
-        size_then,
         solved,
     )
 
@@ -394,7 +392,6 @@ def _keep_books(
     lowest,
     stalled,
     held,
-    size,
     solved,
     sample,
     steps,
@@ -436,7 +433,6 @@ def _keep_books(
         tl.store(carried + _HELD, held)
     tl.store(carried + _LOWEST, lowest)
     tl.store(carried + _STALLED, stalled)
-    tl.store(carried + _SIZE, size)
     if outcome != 0:
         tl.store(outcome_ptr + sample, outcome)
 
@@ -514,7 +510,7 @@ def _mix(
     in_use = (row <= steps) & (row < WINDOW)
     partial = partial_ptr + position * blocks * (WINDOW + 2)
     h, f_squared, gain = _add_up(partial, row, in_use, sums, WINDOW, ROWS, ADAPTIVE, FINISH_BLOCKS)
-    alpha, longer, residual, row_residual, outcome, predicted, relaxation, lowest, stalled, held, size, solved = _weigh(
+    alpha, longer, residual, row_residual, outcome, predicted, relaxation, lowest, stalled, held, solved = _weigh(
         h,
         f_squared,
         gain,
@@ -547,7 +543,6 @@ def _mix(
             lowest,
             stalled,
             held,
-            size,
             solved,
             sample,
             steps,
@@ -652,7 +647,7 @@ def _update(
     if ADAPTIVE:
         last = tl.load(weights_ptr + first_row + row, mask=(row < WINDOW) & (row != slot), other=0.0).to(tl.float64)
         gain += tl.sum(tl.where(last != 0.0, last * h, 0.0), axis=0)
-    alpha, longer, residual, row_residual, outcome, predicted, relaxation, lowest, stalled, held, size, solved = _weigh(
+    alpha, longer, residual, row_residual, outcome, predicted, relaxation, lowest, stalled, held, solved = _weigh(
         h,
         f_squared,
         gain,
@@ -686,7 +681,6 @@ def _update(
         lowest,
         stalled,
         held,
-        size,
         solved,
         sample,
         steps,

@@ -285,13 +285,17 @@ class AndersonWindow:
 
     @property
     def stalled(self) -> Tensor:
-        """(B,) float64: steps since the relative residual last fell by a twentieth; 0 where ||f - x|| has since."""
+        """(B,) float64: steps since the relative residual last fell by a twentieth; 0 where ||f - x|| is falling."""
         state = self._state
-        samples = torch.arange(len(state.iterations), device=state.iterations.device)
-        carried = state.carried[samples, state.iterations.long() % 2]
-        newest = (state.iterations.long() - 1) % state.window
-        shrinks = state.H[samples, newest, newest].sqrt() < PROGRESS * carried[:, Carried.SIZE]
-        return torch.where(shrinks, 0.0, carried[:, Carried.STALLED])
+        steps = state.iterations.long()
+        samples = torch.arange(len(steps), device=steps.device)
+        newest, oldest = (steps - 1) % state.window, torch.where(steps < state.window, 0, steps % state.window)
+        sizes = torch.diagonal(state.H, dim1=1, dim2=2)
+        size = sizes[samples, newest]
+        # Since the oldest row, and not by chance: no row between is smaller.
+        filled = torch.arange(state.window, device=steps.device) < steps[:, None]
+        shrinks = (size < PROGRESS**2 * sizes[samples, oldest]) & ((size[:, None] <= sizes) | ~filled).all(dim=1)
+        return torch.where(shrinks, 0.0, state.carried[samples, steps % 2, Carried.STALLED])
 
     @property
     def restarts(self) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Literal, Protocol, cast, get_args
 
 import torch
@@ -17,7 +17,7 @@ from kernels.state import FAR, PATIENCE, PROGRESS, accumulator_dtype, on_device,
 from kernels.tracing import refuse_tracing, runs_as_it_is
 from kernels.window import is_real, is_whole, residual_and_size, validate_patience
 
-from .batch import Log, Look, conclude, go_on_together, hold_to_the_batch
+from .batch import Log, Look, conclude, go_on_together, hold_to_the_batch, verify
 from .map import FixedPointMap, Restrict, validate_start
 from .plotting import plot_residuals
 from .state import Coordinates, Nest, flatten, unflatten
@@ -53,7 +53,8 @@ class Solution(Generic[State]):
     evaluations: int
     """Evaluations of f, batch-wide."""
     sample_evaluations: int
-    """Evaluations of f summed over the samples that took part in each: B x evaluations without compaction."""
+    """Evaluations of f, and checks, summed over the samples that took part in each: B x their number without
+    compaction."""
     converged: Tensor
     """(B,) bool: residual <= tol. With ``history_dtype=bfloat16`` both are those of rounded residual rows."""
     outcome: Tensor
@@ -70,6 +71,11 @@ class Solution(Generic[State]):
     """(B, ...) each: the iterates that ``solve(..., states_at=)`` asked for, as far as the solve came."""
     tol: float | None = None
     """The tolerance that the solver had."""
+    checks: int = 0
+    """Evaluations of f beside ``evaluations``, of the batch as it is returned: 1 where samples that did not converge
+    are returned beside others that did, or where the solver compacted; else 0."""
+    verified: bool = True
+    """False where ``solve(..., check=False)`` left such a check to the caller."""
 
     @property
     def idle_evaluations(self) -> int:
@@ -156,7 +162,8 @@ class Iteration(Protocol):
         """(B,) int32: steps that each sample took part in."""
 
     def step(self, x: Tensor, fx: Tensor, index: Tensor | None) -> Tensor:
-        """Takes x and f(x) into account; returns the next iterate. May write into x, never into fx.
+        """Takes x and f(x) into account; returns the next iterate: x itself for samples that stand still after it
+        (``outcome``). May write into x, never into fx.
 
         x, fx: (n, d), those of the samples in ``index``, (n,) int64, or (B, d) where it is None.
         """
@@ -190,7 +197,8 @@ class Solver(ABC):
 
     With ``compact`` the evaluations of f shrink with the number of samples that still move: once a quarter of those
     evaluated has frozen, f is asked about the others alone. That needs a map that can be restricted to some samples
-    (``solve(..., restrict=)``; a DEQ layer does it by itself) and that treats samples independently.
+    (``solve(..., restrict=)``; a DEQ layer does it by itself) and that treats samples independently: that is looked at
+    with one of them alone before others are left out, and in an evaluation of all at the end.
 
     On a GPU the loop never waits for the iteration that it has just launched: how many samples still move is read
     one iteration late, through pinned memory. That costs one evaluation more, in which nothing moves. The host asks
@@ -282,6 +290,7 @@ class Solver(ABC):
         states_at: Collection[int] = (),
         coupled: bool = False,
         scale: Any = None,
+        check: bool = True,
     ) -> Solution[State]:
         """Iterates from ``z0`` until the stopping test holds or ``max_iter`` evaluations are made.
 
@@ -300,6 +309,8 @@ class Solver(ABC):
             scale: sizes of the components, above 0, in the shape of one sample's state or one that broadcasts to it
                 (for a nest: a nest of such, or of numbers): residuals and weights are those of z / scale. Where a
                 component of 1e6 stands beside others of 1, the norm of z is that of the one alone.
+            check: evaluate f once more where the batch as it is returned was not evaluated yet, if somebody is told
+                converged. Off, for a caller that evaluates f there anyway (``solution.verified``).
 
         Raises:
             ValueError: if ``z0`` has no elements, is not floating point, not dense, or is of several batch sizes,
@@ -318,14 +329,23 @@ class Solver(ABC):
             >>> solution.z["low"].shape, solution.converged
             (torch.Size([2, 5]), tensor([True, True]))
         """
+        for name, value in (("coupled", coupled), ("trace", trace), ("check", check)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be true or false, got {value!r}")
         coordinates = Coordinates(z0, coupled=coupled, scale=scale, compact=self.compact)
         flat_map = coordinates.flat_map
         parts = None if restrict is None else (lambda index: flat_map(restrict(index)))
-        found: Any = self._solve(flat_map(f), coordinates.pack(z0), trace, parts, states_at)
+        found: Any = self._solve(flat_map(f), coordinates.pack(z0), trace, parts, tuple(states_at), check)
         return cast("Solution[State]", coordinates.account(found))
 
     def _solve(
-        self, f: FixedPointMap, z0: Tensor, trace: bool, restrict: Restrict | None, states_at: Collection[int]
+        self,
+        f: FixedPointMap,
+        z0: Tensor,
+        trace: bool,
+        restrict: Restrict | None,
+        states_at: Collection[int],
+        check: bool,
     ) -> Solution:
         validate_start(z0)
         refuse_tracing("a fixed-point solve", z0)
@@ -334,13 +354,13 @@ class Solver(ABC):
                 "compact=True needs restrict=, which gives f for some samples alone (or use compact=False)"
             )
         for number in states_at:
-            if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= self.max_iter:
+            if not is_whole(number) or not 1 <= number <= self.max_iter:
                 raise ValueError(
                     f"iterates are kept after evaluations 1 to max_iter={self.max_iter}, got {number!r}: name others, "
                     "or raise max_iter"
                 )
         with on_device(z0.device):
-            return self._iterate(z0, restrict, Log(f, z0.shape, trace, states_at))
+            return self._iterate(z0, restrict, Log(f, z0.shape, trace=trace, states_at=states_at, check=check))
 
     def _iterate(self, z0: Tensor, restrict: Restrict | None, log: Log) -> Solution:
         x = z0.reshape(len(z0), -1).clone(memory_format=torch.contiguous_format)
@@ -378,7 +398,12 @@ class Solver(ABC):
         if index is None:
             return conclude(self, iteration, x, fx, log, evaluated)
         z, residual = iteration.best(_put(x_all, x, index))
-        return self.account(iteration, z, residual, log)
+        log.verified = False
+        found = self.account(iteration, z, residual, log)
+        if not log.check:
+            return found
+        found = verify(self, found, log.look_again(z))
+        return replace(found, checks=log.checks, sample_evaluations=log.sample_evaluations)
 
     def account(self, iteration: Iteration, z: Tensor, residual: Tensor, log: Log) -> Solution:
         """The solution at the end of an iteration, whose own tensors may be written to afterwards.
@@ -387,10 +412,10 @@ class Solver(ABC):
         """
         converged = residual <= self.tol
         outcome = iteration.outcome.clone()
-        # A sample that was at its tolerance once, and is not in the batch that is returned.
-        outcome.masked_fill_(outcome == Outcome.CONVERGED, Outcome.MAX_ITER)
         # Without indexing by a mask, for which the host would have to wait.
         outcome.masked_fill_((outcome == Outcome.MAX_ITER) & (iteration.stalled >= PATIENCE), Outcome.STAGNATED)
+        # A sample that was at its tolerance once, and is not in the batch that is returned.
+        outcome.masked_fill_(outcome == Outcome.CONVERGED, Outcome.MAX_ITER)
         outcome.masked_fill_(converged, Outcome.CONVERGED)
         return Solution(
             z=z.view(log.shape),
@@ -405,6 +430,8 @@ class Solver(ABC):
             trace=log.trace,
             states=tuple(log.states),
             tol=self.tol,
+            checks=log.checks,
+            verified=log.verified,
         )
 
     def stopping_residual(self, solution: Solution[Any]) -> Tensor:
@@ -440,16 +467,11 @@ class Books:
         batch_size = x.shape[0]
         self.residual = torch.full((batch_size,), torch.inf, dtype=accumulator_dtype(x.dtype), device=x.device)
         self.lowest = self.residual.clone()
-        self._size, self._size_then = torch.full((2, batch_size), torch.inf, dtype=torch.float64, device=x.device)
+        self._size = torch.full_like(self.residual, torch.inf, dtype=torch.float64)
         self.outcome = torch.zeros(batch_size, dtype=torch.uint8, device=x.device)
-        self.iterations, self._stalled, self.restarts, self.fallbacks = torch.zeros(
+        self.iterations, self.stalled, self.restarts, self.fallbacks = torch.zeros(
             4, batch_size, dtype=torch.int32, device=x.device
         )
-
-    @property
-    def stalled(self) -> Tensor:
-        """(B,) int32, see :class:`Iteration`; 0 where ||f - x|| has fallen by a twentieth since."""
-        return torch.where(self._size < PROGRESS * self._size_then, 0, self._stalled)
 
     def enter(self, x: Tensor, fx: Tensor, index: Tensor | None) -> Tensor:
         """Takes an evaluation, x and fx (n, d), into account; returns which of these samples stay at x, (n,) bool."""
@@ -459,15 +481,15 @@ class Books:
         self.iterations[part] += active
         residual, size = residual_and_size(x, fx, solver.floor)
         residual = torch.where(active, residual, self.residual[part])
-        self.residual[part], self._size[part] = residual, size
-        lowest, size_then, stalled = track_progress(
-            residual, size, self.lowest[part], self._size_then[part], self._stalled[part]
-        )
-        self.lowest[part], self._size_then[part], self._stalled[part] = lowest, size_then, stalled
+        self.residual[part] = residual
+        lowest, stalled = track_progress(residual, self.lowest[part], self.stalled[part])
+        # So does a sample on its way to zero, whose relative residual stays.
+        shrinks = size < PROGRESS * self._size[part]
+        stalled.masked_fill_(shrinks, 0)
+        self._size[part] = torch.where(stalled == 0, size, self._size[part])
+        self.lowest[part], self.stalled[part] = lowest, stalled
         # Few operations: where f is cheap, each of them is felt.
-        given_up = torch.zeros_like(active)
-        if solver.patience:
-            given_up = (stalled >= solver.patience) & (lowest > FAR) & ~(size < PROGRESS * size_then)
+        given_up = (stalled >= solver.patience) & (lowest > FAR) if solver.patience else torch.zeros_like(active)
         now = given_up.to(before.dtype).mul_(Outcome.DIVERGED).masked_fill_(residual.isnan(), Outcome.NON_FINITE)
         if solver.stop == "max":
             now.masked_fill_(residual <= solver.tol, Outcome.CONVERGED)
@@ -482,9 +504,9 @@ class Books:
     def reset(self) -> None:
         """As new, in the same memory."""
         self.residual.fill_(torch.inf)
-        for tensor in (self.lowest, self._size, self._size_then):
+        for tensor in (self.lowest, self._size):
             tensor.fill_(torch.inf)
-        for tensor in (self.outcome, self.iterations, self._stalled, self.restarts, self.fallbacks):
+        for tensor in (self.outcome, self.iterations, self.stalled, self.restarts, self.fallbacks):
             tensor.zero_()
 
 

@@ -2,13 +2,19 @@
 
 Samples stop one by one. Where they are independent, as a solver takes them to be, a sample at its tolerance stays
 there whatever the others do. Where they see each other (a mean over the batch, nodes of a graph) it does not. So when
-a solve has ended, all that stand still are looked at once more, in the last evaluation, which was one of all of them:
-one pass over x and f(x). If a residual is above its tolerance now, the batch is solved as the one system that it is.
+a solve has ended, all that stand still are looked at once more:
+
+- in the last evaluation, if that was one of the batch as it is returned (all samples stand still): one pass over x and
+  f(x). If a residual is above its tolerance now, the rest of the evaluations goes to the batch as the one system that
+  it is;
+- in one evaluation more, a *check*, if samples that did not converge are returned beside others that did: their best
+  iterates are of several evaluations.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -20,13 +26,13 @@ from torch import Tensor
 from kernels import Outcome, residual_norm
 from kernels.state import PATIENCE
 
-from .map import FixedPointMap, Restrict, evaluate
+from .map import FixedPointMap, Restrict, evaluate, random_state
 
 if TYPE_CHECKING:
     from .base import Iteration, Solution, Solver
 
 _ROUNDING = 8.0
-"""Units of rounding of the residual's dtype within which two sums of the same numbers are the same."""
+"""Units of rounding of a dtype within which two sums of the same numbers are the same."""
 
 _NOISE = 1e-3
 """Of the tolerance. A sample above it by less may have an f that rounds otherwise at every call: it is told as not
@@ -39,21 +45,52 @@ class Log:
     Args:
         f: the map, (n, ...) -> (n, ...). shape: (B, ...), of the state.
         trace: keep residuals. states_at: the evaluations after which the iterate is kept.
+        check: evaluate f where the batch is returned, if it was not yet.
+        again: whether f can be evaluated once the solve's own loop has ended.
     """
 
     def __init__(
-        self, f: FixedPointMap, shape: torch.Size, trace: bool = False, states_at: Collection[int] = ()
+        self,
+        f: FixedPointMap,
+        shape: torch.Size,
+        *,
+        trace: bool = False,
+        states_at: Collection[int] = (),
+        check: bool = True,
+        again: bool = True,
     ) -> None:
         self._f, self.shape, self._states_at = f, shape, states_at
-        self.evaluations = self.sample_evaluations = 0
+        self.check, self.again = check, again
+        self.evaluations = self.sample_evaluations = self.checks = 0
+        self.verified = True
         self.residuals: list[Tensor] | None = [] if trace else None
         self.states: list[Tensor] = []
 
     def evaluate(self, x: Tensor, f: FixedPointMap | None = None) -> Tensor:
         """f, or another map for some of the samples, at x, (n, d)."""
         self.evaluations += 1
+        # From the second on, since masks that are held are drawn in the first.
+        drawn = random_state(x.device) if self.evaluations == 2 else None
+        fx = self._at(x, f)
+        if drawn is not None and not torch.equal(drawn, random_state(x.device)):
+            raise ValueError(
+                "f drew random numbers in its second evaluation, so that it is another map at every call and has no "
+                "fixed point: draw them before the solve, or use deq.stability.VariationalDropout"
+            )
+        return fx
+
+    def look_again(self, z: Tensor) -> Tensor:
+        """f at z, (n, d): a check, which is no step of the solve."""
+        self.checks += 1
+        return self._at(z)
+
+    def _at(self, x: Tensor, f: FixedPointMap | None = None) -> Tensor:
         self.sample_evaluations += len(x)
-        return evaluate(f or self._f, x, (len(x), *self.shape[1:]))
+        return evaluate(f or self._f, x, (len(x), *self.shape[1:]), first=self.evaluations == 1)
+
+    def ask_alone(self, x: Tensor, f: FixedPointMap) -> Tensor:
+        """Another map for some samples, which is no evaluation of the batch."""
+        return self._at(x, f)
 
     def keep(self, residual: Tensor, x: Callable[[], Tensor]) -> None:
         """residual: (B,) of the evaluation; x: gives the next iterate, (B, d)."""
@@ -75,9 +112,9 @@ class Look:
     residual: Tensor
     """(B,) of each sample in that evaluation."""
     whole: Tensor
-    """() bool: all samples stand still, so that the batch is returned as it was evaluated."""
-    proven: Tensor
-    """() bool: every sample that converged stood still while others moved, and did not notice."""
+    """() bool: all samples stand still where they are to be returned, so that this was an evaluation of that batch."""
+    told: Tensor
+    """() bool: somebody may be told converged."""
     lost: Tensor
     """() bool: one that converged is above its tolerance now."""
 
@@ -88,18 +125,16 @@ class Look:
         now = residual_norm(x, fx, floor=solver.floor)
         unchanged = (now - told).abs() <= max(_ROUNDING * torch.finfo(now.dtype).eps, solver.rounding) * told
         converged = outcome == Outcome.CONVERGED
+        lost = converged & ~unchanged & ~(now <= _clear(solver, x))
         stands = converged | (outcome == Outcome.MEAN_MET)
-        # It stood still when another took a step.
-        proven = unchanged & (iteration.iterations < iteration.iterations.max())
-        if solver.stop == "mean":
-            proven = torch.zeros_like(proven)  # all stop together: nobody stood still while others moved
-        lost = converged & ~unchanged & ~(now <= solver.tol * (1 + _NOISE))
-        everybody = (proven | ~converged).all() & (solver.stop == "max")
-        return Look(torch.where((outcome != 0) & ~unchanged, now, told), stands.all(), everybody, lost.any())
+        # Under the mean test nobody is frozen at tol, but may be told converged at the end.
+        someone = converged.any() if solver.stop == "max" else torch.ones_like(lost).any()
+        residual = torch.where((outcome != 0) & ~unchanged, now, told)
+        return Look(residual, stands.all(), someone, lost.any())
 
     def read(self) -> list[bool]:
-        """whole, proven and lost. Waits for the device, as :class:`~deq.solvers.base.MovingSamples` does."""
-        flags = torch.stack([self.whole, self.proven, self.lost])
+        """whole, told and lost. Waits for the device, as :class:`~deq.solvers.base.MovingSamples` does."""
+        flags = torch.stack([self.whole, self.told, self.lost])
         if flags.device.type == "cuda":
             here, event = torch.empty(3, dtype=torch.bool, pin_memory=True), torch.cuda.Event()
             here.copy_(flags, non_blocking=True)
@@ -107,6 +142,11 @@ class Look:
             event.synchronize()
             flags = here
         return flags.tolist()
+
+
+def _clear(solver: Solver, x: Tensor) -> float:
+    """A residual above this is above tol, and not by the rounding of f."""
+    return solver.tol * (1 + _NOISE) + _ROUNDING * torch.finfo(x.dtype).eps
 
 
 def conclude(
@@ -120,35 +160,61 @@ def conclude(
 ) -> Solution:
     """The solution of a batch that was evaluated as a whole.
 
-    x: (B, d), what the last step returned. fx, evaluated: (B, d), the last evaluation, and where it was; the latter
-    where no other can follow.
+    x: (B, d), what the last step returned. fx, evaluated: (B, d), the last evaluation, and where it was; None if all
+    samples stand still, at x.
     """
     look = look or Look.at(solver, iteration, x, fx)
-    whole, proven, lost = look.read()
-    more = log.evaluations < solver.max_iter
-    z, residual = x, look.residual
+    whole, told, lost = look.read()
+    z, residual, before = x, look.residual, x if evaluated is None else evaluated
     if not whole:
         z, best_residual = iteration.best(x.clone())
-        # A sample that is given up at once has no better iterate than that which was evaluated.
-        whole = bool(((z == x) | (z.isnan() & x.isnan())).all())
-    if whole:
-        pass
-    elif proven and not lost:
-        residual = best_residual
-    elif more:
-        # The best iterates of samples that did not converge are of several evaluations: what do the others say to them?
-        fx = log.evaluate(z)
-        residual = residual_norm(z, fx, floor=solver.floor)
-        log.keep(residual, lambda: z)
-        converged = iteration.outcome == Outcome.CONVERGED
-        lost = bool((converged & ~(residual <= solver.tol * (1 + _NOISE))).any())
-        more = log.evaluations < solver.max_iter
-    else:
-        assert evaluated is not None
-        z = evaluated
-    if lost and more:
+        # Where the mean was met, the batch is what it was then.
+        met = iteration.outcome == Outcome.MEAN_MET
+        z, best_residual = torch.where(met[:, None], x, z), torch.where(met, look.residual, best_residual)
+        whole = bool(((z == before) | (z.isnan() & before.isnan())).all())
+        if not whole and not told:
+            residual = best_residual
+        elif not whole and not log.again:
+            z = before
+        elif not whole and not log.check:
+            residual, log.verified = best_residual, False
+        elif not whole:
+            fx = log.look_again(z)
+            residual = residual_norm(z, fx, floor=solver.floor)
+            lost = bool(((iteration.outcome == Outcome.CONVERGED) & ~(residual <= _clear(solver, z))).any())
+    if lost and log.verified and log.again and log.evaluations < solver.max_iter:
         return _solve_together(solver, iteration, z, fx, residual, log)
     return solver.account(iteration, z, residual, log)
+
+
+def verify(solver: Solver, solution: Solution, fz: Tensor) -> Solution:
+    """A solution that was left unverified, told by the residuals of the batch as it is returned. fz: (B, ...), f there.
+
+    Raises:
+        ValueError: if the solver compacts, and a sample has lost in the whole batch what it met among some of it.
+    """
+    z = solution.z.flatten(1) if solution.z.ndim > 1 else solution.z[:, None]
+    residual = residual_norm(z, fz.reshape(z.shape), floor=solver.floor)
+    if not solver.compact:
+        converged = residual <= solver.tol
+        outcome = solution.outcome.masked_fill(solution.converged & ~converged, Outcome.MAX_ITER)
+        outcome = outcome.masked_fill(converged, Outcome.CONVERGED)
+        return replace(solution, residual=residual, converged=converged, outcome=outcome, verified=True)
+    lost = solution.converged & ~(residual <= solver.tol + _other_batch_size(z))
+    if bool(lost.any()):
+        sample = int(lost.int().argmax())
+        raise ValueError(
+            f"compact=True needs samples that do not see each other, but sample {sample} converged among some of them, "
+            f"and is at a relative residual of {float(residual[sample]):.1e} among all. {_SHARED}"
+        )
+    return replace(solution, verified=True)
+
+
+def _other_batch_size(x: Tensor) -> float:
+    """Relative difference that the rounding of f in another batch size may make."""
+    if x.dtype == torch.float64:
+        return 1e-12
+    return 1e-3 if x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type) else 2**-6
 
 
 def go_on_together(solver: Solver, iteration: Iteration, x: Tensor, log: Log) -> Solution:
@@ -164,13 +230,15 @@ def _solve_together(
 ) -> Solution:
     """Goes on from z, (B, d), with the batch as one system: one set of weights, until all samples hold at once."""
     sample = int(((iteration.outcome == Outcome.CONVERGED) & ~(residual <= solver.tol)).int().argmax())
-    warnings.warn(
-        f"samples of this batch see each other: sample {sample} was at a relative residual of "
-        f"{float(iteration.residual[sample]):.1e}, and is at {float(residual[sample]):.1e} since others moved. The "
-        "batch is solved as one system from here on; with coupled=True it is from the start, in fewer evaluations",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    if solver not in _told:  # once, though every step of a training would have other numbers
+        _told.add(solver)
+        warnings.warn(
+            f"samples of this batch see each other: sample {sample} was at a relative residual of "
+            f"{float(iteration.residual[sample]):.1e}, and is at {float(residual[sample]):.1e} since others moved. The "
+            "batch is solved as one system from here on; with coupled=True it is from the start, in fewer evaluations",
+            RuntimeWarning,
+            stacklevel=_level_of_the_caller(),
+        )
     x, fx, before = z.clone(), fz, log.evaluations
     # Its own test is left to the samples'.
     one = replace(solver, tol=0.0, atol=0.0, stop="max", compact=False).start(x.view(1, -1), in_place=True)
@@ -188,19 +256,35 @@ def _solve_together(
             break
         fx = log.evaluate(x)
         residual = residual_norm(x, fx, floor=solver.floor)
-    ended = one.outcome[0]
+    # Its own residual may be zero where that of a small sample is not.
+    ended = Outcome.MAX_ITER if bool(one.outcome[0] == Outcome.CONVERGED) else Outcome(int(one.outcome[0]))
     if solver.stop == "mean" and lowest <= solver.tol:
-        ended = torch.full_like(ended, Outcome.MEAN_MET)
-    elif bool(ended == 0) and bool(one.stalled[0] >= PATIENCE):
-        ended = torch.full_like(ended, Outcome.STAGNATED)
+        ended = Outcome.MEAN_MET
+    elif ended == Outcome.MAX_ITER and bool(one.stalled[0] >= PATIENCE):
+        ended = Outcome.STAGNATED
+    elif ended == Outcome.NON_FINITE:  # those whose own f is
+        ended = Outcome.MAX_ITER
     found = solver.account(iteration, best, best_residual, log)
+    outcome = torch.full_like(found.outcome, ended).masked_fill_(~torch.isfinite(best_residual), Outcome.NON_FINITE)
     return replace(
         found,
         iterations=found.iterations + (log.evaluations - before),
-        outcome=torch.where(found.converged, Outcome.CONVERGED, ended).to(torch.uint8),
+        outcome=outcome.masked_fill_(found.converged, Outcome.CONVERGED),
         restarts=found.restarts + one.restarts,
         fallbacks=found.fallbacks + one.fallbacks,
     )
+
+
+_told: set[Solver] = set()
+"""Solvers that have warned."""
+
+
+def _level_of_the_caller() -> int:
+    """The stack level, for a warning, of the first frame that is neither this project's nor PyTorch's."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("deq", "kernels", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def hold_to_the_batch(log: Log, restrict: Restrict, last: Tensor, fx: Tensor, tol: float) -> None:
@@ -214,27 +298,24 @@ def hold_to_the_batch(log: Log, restrict: Restrict, last: Tensor, fx: Tensor, to
         ValueError: if the answer is another than in the batch, by more than the rounding of another batch size.
     """
     number = len(fx) - 1
-    expected = fx[number:].double()
+    expected, part = fx[number:].double(), restrict(torch.tensor([number], device=fx.device))
     try:
-        log.evaluations -= 1  # not one of the batch
-        alone = log.evaluate(last, restrict(torch.tensor([number], device=fx.device))).double()
+        alone = log.ask_alone(last, part).double()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise ValueError(
             f"compact=True asks f about some samples alone, but for sample {number} it then fails "
             f"({type(error).__name__}: {error}). {_SHARED}"
         ) from error
-    difference = float((alone - expected).norm() / expected.norm())
-    rounding = _HALF if torch.is_autocast_enabled(fx.device.type) else _OTHER_BATCH_SIZE * torch.finfo(fx.dtype).eps
-    if difference > max(tol, min(rounding, _HALF)):
+    difference = float((alone - expected).norm() / expected.norm()) if bool(expected.isfinite().all()) else 0.0
+    # In a backward pass autocast is off, though f may have been recorded under it.
+    if not difference <= max(tol, 1e-12 if fx.dtype == torch.float64 else 2**-6):
         raise ValueError(
             f"compact=True asks f about some samples alone, but for sample {number} it then returns something else "
             f"than in the batch (relative difference {difference:.1e}). {_SHARED}"
         )
 
-
-_OTHER_BATCH_SIZE, _HALF = 1e4, 2**-6
-"""Relative difference that the rounding of another batch size may make: in units of the dtype's, and the most, which is
-that of half precision and of autocast."""
 
 _SHARED = (
     "Where samples see each other, or the cell keeps something for each of them by itself, use compact=False; where a "

@@ -118,19 +118,30 @@ class CapturedSolve:
         z0: (B, ...) what the first start looks like. f is evaluated there to warm up.
         recorder: what records.
         whole: record the whole loop where the recorder can.
+        again: whether f may be evaluated outside of the recording, when its solve has ended. Where not, samples that
+            see each other are told as not converged.
 
     Raises:
         ValueError: for a solver that compacts: its evaluations change their shape as they go.
     """
 
     @torch.no_grad()
-    def __init__(self, solver: Solver, f: FixedPointMap, z0: Tensor, recorder: Recorder, *, whole: bool = True) -> None:
+    def __init__(
+        self,
+        solver: Solver,
+        f: FixedPointMap,
+        z0: Tensor,
+        recorder: Recorder,
+        *,
+        whole: bool = True,
+        again: bool = True,
+    ) -> None:
         if solver.compact:
             raise ValueError(
                 "compact=True changes the shape of the evaluations, which a recorded graph cannot: use compact=False "
                 "or cuda_graph=False"
             )
-        self._solver, self._f, self._shape = solver, f, z0.shape
+        self._solver, self._f, self._shape, self._again = solver, f, z0.shape, again
         self._x = z0.reshape(len(z0), -1).clone(memory_format=torch.contiguous_format)
         self._iteration, self._evaluated = solver.start(self._x, in_place=True), torch.empty_like(self._x)
         self._count = torch.zeros((), dtype=torch.int64, device=z0.device)
@@ -205,7 +216,7 @@ class CapturedSolve:
 
     def _solve(self, z0: Tensor) -> Solution:
         self._x.copy_(z0.reshape(self._x.shape))
-        log = Log(self._f, self._shape)
+        log = Log(self._f, self._shape, again=self._again)
         look = None
         if self._replay_solve is not None:
             self._replay_solve()
@@ -220,5 +231,7 @@ class CapturedSolve:
                     break
         log.sample_evaluations = log.evaluations * len(z0)
         # The next call writes over all of this.
-        found = conclude(self._solver, self._iteration, self._x, self._fx, log, self._evaluated, look)
+        last = not self._again or log.evaluations == self._solver.max_iter
+        evaluated = self._evaluated if last else None
+        found = conclude(self._solver, self._iteration, self._x, self._fx, log, evaluated, look)
         return replace(found, z=found.z.clone(), residual=found.residual.clone())

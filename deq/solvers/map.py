@@ -37,10 +37,12 @@ def validate_value(fz: object, shape: tuple[int, ...], like: Tensor) -> Tensor:
     Raises:
         ValueError: else, naming both.
     """
-    if isinstance(fz, Tensor) and (fz.shape, fz.dtype, fz.device) == (shape, like.dtype, like.device):
-        return fz
     got, hint = type(fz).__name__, ""
-    if isinstance(fz, Tensor):
+    if isinstance(fz, Tensor) and fz.layout != torch.strided:
+        got = f"a tensor of layout {fz.layout}: return a dense one, .to_dense()"
+    elif isinstance(fz, Tensor):
+        if (fz.shape, fz.dtype, fz.device) == (shape, like.dtype, like.device):
+            return fz
         got = f"{tuple(fz.shape)} {fz.dtype} on {fz.device}"
         if fz.shape[1:] == shape[1:] and len(fz) > shape[0]:
             hint = f": give z0 a row for each of the {len(fz)} samples of x, z0.expand({len(fz)}, ...)"
@@ -51,12 +53,23 @@ def validate_value(fz: object, shape: tuple[int, ...], like: Tensor) -> Tensor:
     )
 
 
-def evaluate(f: FixedPointMap, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """f at the flat iterate x, flat again and checked."""
-    # Inference tensors count no versions; under inference mode a write into the argument goes unnoticed.
+def random_state(device: torch.device) -> Tensor:
+    """Of the generator that f draws from on this device, unless it has one of its own."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def evaluate(f: FixedPointMap, x: Tensor, shape: tuple[int, ...], *, first: bool = False) -> Tensor:
+    """f at the flat iterate x, flat again and checked; ``first``: of a solve."""
+    # Inference tensors count no versions: there a copy tells, once.
     version = None if x.is_inference() else x._version
+    before = x.clone() if version is None and first else x
     fz = validate_value(f(x.view(shape)), shape, x)
+    if before is not x and not bool(((before == x) | (before.isnan() & x.isnan())).all()):
+        raise ValueError(_WROTE)
     refuse_transforms("a fixed-point solve", fz)  # a tangent may come from what f closes over
     if version is not None and x._version != version:
-        raise ValueError("f wrote into its argument, which is the solver's iterate: let f work on z.clone()")
+        raise ValueError(_WROTE)
     return fz.reshape(x.shape)
+
+
+_WROTE = "f wrote into its argument, which is the solver's iterate: let f work on z.clone()"

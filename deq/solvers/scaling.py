@@ -39,7 +39,8 @@ def power_of_two_of_batch(v: Tensor) -> Tensor:
     """
     lowest, highest = _exponents(v.dtype)
     exponents = _exponent_of_norms(v)
-    counts = torch.isfinite(v).flatten(1).all(dim=1) & (v != 0).flatten(1).any(dim=1)
+    rows = v.reshape(len(v), -1)
+    counts = torch.isfinite(rows).all(dim=1) & (rows != 0).any(dim=1)
     limits = torch.iinfo(exponents.dtype)
     largest = torch.where(counts, exponents, limits.min).max()
     smallest = torch.where(counts, exponents, limits.max).min()
@@ -66,7 +67,7 @@ def _exponent_of_norms(v: Tensor) -> Tensor:
     rows = v.reshape(len(v), -1)
     largest = rows.abs().amax(dim=1).to(accumulator_dtype(v.dtype))
     # The largest element first: the squares of small numbers would underflow.
-    exponent = torch.frexp(largest).exponent.clamp(-126, 126)
+    exponent = torch.frexp(largest).exponent.clamp(*_exponents(largest.dtype))
     unit = torch.ldexp(torch.ones_like(largest), exponent)
     norm = torch.linalg.vector_norm(rows / unit[:, None], dim=1, dtype=unit.dtype)
     return exponent + torch.frexp(norm).exponent

@@ -232,18 +232,21 @@ class Coordinates:
         sizes = matched(scale, skeleton, "scale")
         rows = []
         for (path, size), leaf in zip(sizes, leaves, strict=True):
-            if not (is_real(size) or isinstance(size, Tensor)):
+            if not (is_real(size) or (isinstance(size, Tensor) and not size.is_complex())):
                 raise ValueError(f"{path} must be a number or a tensor above 0, got {_kind(size)}")
             given = torch.as_tensor(size, dtype=leaf.dtype, device=leaf.device).detach()
             try:
-                row = given.expand(leaf.shape[1:])[None]
+                # A single vector has a size for each of its elements.
+                row = given.expand(leaf.shape) if leaf.ndim == 1 else given.expand(leaf.shape[1:])[None]
             except RuntimeError:
                 raise ValueError(
                     f"{path} must have the shape of one sample's state, {tuple(leaf.shape[1:])}, or one that "
                     f"broadcasts to it, got {tuple(given.shape)}"
                 ) from None
             if not bool(((row > 0) & torch.isfinite(row)).all()):
-                raise ValueError(f"{path} must be above 0 and finite everywhere: it is the size of a component")
+                raise ValueError(
+                    f"{path} must be above 0 and finite everywhere in {leaf.dtype}: it is a component's size"
+                )
             rows.append(row)
         return rows[0] if self._packing is None else self._packing.pack(unflatten(skeleton, rows))
 
@@ -264,11 +267,13 @@ class Coordinates:
         return z if self._packing is None else self._packing.release(z)
 
     def _rows(self, flat: Tensor) -> Tensor:
-        z = flat
-        if self.coupled:
-            shape = (-1,) if self._packing is not None else self._shape
-            z = flat.view(self.batch_size, *shape)
+        z = self._with_rows(flat)
         return z if self._scale is None else z * self._scale
+
+    def _with_rows(self, flat: Tensor) -> Tensor:
+        if not self.coupled:
+            return flat
+        return flat.view(self.batch_size, *((-1,) if self._packing is not None else self._shape))
 
     def flat_map(self, f: Callable[[Any], Any], *, cast: bool = False) -> Callable[[Tensor], Tensor]:
         """f, which maps states, as a map of flat ones; ``cast``: take what it returns in other dtypes."""
@@ -287,10 +292,16 @@ class Coordinates:
 
         return mapped
 
-    def account(self, solution: Solution[Any]) -> Solution[Any]:
-        """What solvers say of the flat state, said of the user's: one system's account is that of each sample."""
+    def account(self, solution: Solution[Any], *, adjoint: bool = False) -> Solution[Any]:
+        """What solvers say of the flat state, said of the user's: one system's account is that of each sample.
+
+        An adjoint's state is a gradient with respect to z, whose components are as much smaller as those are larger.
+        """
         states = tuple(self.unpack(state) for state in solution.states)
-        found = replace(solution, z=self.unpack(solution.z), states=states)
+        flat = solution.z
+        if adjoint and self._scale is not None:
+            flat = (self._with_rows(flat) / self._scale.square()).view(flat.shape)
+        found = replace(solution, z=self.unpack(flat), states=states)
         if not self.coupled:
             return found
         count = self.batch_size

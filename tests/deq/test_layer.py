@@ -133,7 +133,7 @@ def test_a_name_that_x_does_not_have_is_refused(shared: list[Any], x: Any, messa
 
 
 def test_one_name_must_be_in_a_list() -> None:
-    with pytest.raises(ValueError, match=r"got the string 'pos': give \['pos'\]"):
+    with pytest.raises(ValueError, match=r"shared must be a list of keys of x, got 'pos': give \['pos'\]"):
         DEQ(with_positions, shared="pos")
 
 

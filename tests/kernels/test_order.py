@@ -213,8 +213,8 @@ def solve(case: Case, order: Order) -> tuple[AndersonWindow, list[dict[str, Tens
     # The padding of the rows too; what has not been written is NaN.
     history = torch.empty(0, dtype=torch.uint8).set_(state.G.untyped_storage()).fill_(255)
     # As if it had gone on for a while: what takes STALL steps comes within these.
-    state.carried[STALLS, 0, [Carried.LOWEST, Carried.STALLED, Carried.HELD, Carried.SIZE]] = torch.tensor(
-        [0.5, STALL - 3, STALL - 3, 0.0], dtype=torch.float64
+    state.carried[STALLS, 0, [Carried.LOWEST, Carried.STALLED, Carried.HELD]] = torch.tensor(
+        [0.5, STALL - 3, STALL - 3], dtype=torch.float64
     )
     after = []
     with programs_run(order, case.seed):

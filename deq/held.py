@@ -9,10 +9,13 @@ as one call of the norms in its cell: their running statistics move once, by tho
 
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from types import FunctionType
 from typing import Literal, cast, get_args
 
 from torch import Tensor, distributed, nn
@@ -202,12 +205,44 @@ class _RunningStatistics:
 def statistics_over_the_batch(cell: object) -> str | None:
     """The batch norm of a cell that takes its statistics from the batch, and so mixes samples: "norm is a BatchNorm1d".
 
-    None where there is none, or the cell is no module and cannot be looked into.
+    None where there is none that can be seen.
     """
-    for name, module in cell.named_modules() if isinstance(cell, nn.Module) else ():
+    for name, module in modules_of(cell):
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             return f"{name or 'module'} is a {type(module).__name__}"
     return None
+
+
+def modules_of(cell: object) -> list[tuple[str, nn.Module]]:
+    """The modules in a cell, with their names. Of a function: those that it closes over or names, and of a method those
+    of its object that it names, and so on for the functions and methods that these name.
+    """
+    found: dict[nn.Module, str] = {}
+    seen: set[object] = set()
+
+    def walk(part: object, path: str) -> None:
+        if isinstance(part, nn.Module):
+            for name, module in part.named_modules(prefix=path):
+                found.setdefault(module, name)
+            return
+        function = inspect.unwrap(part) if callable(part) else None
+        while isinstance(function, functools.partial):
+            function = function.func
+        owner = getattr(function, "__self__", None)
+        function = getattr(function, "__func__", function)
+        if not isinstance(function, FunctionType) or (function, id(owner)) in seen:
+            return
+        seen.add((function, id(owner)))
+        for name, closed in inspect.getclosurevars(function).nonlocals.items():
+            walk(closed, name)
+        for name in function.__code__.co_names:
+            if name in function.__globals__:
+                walk(function.__globals__[name], name)
+            elif isinstance(owner, nn.Module):
+                walk(getattr(owner, name, None), name)
+
+    walk(cell, "")
+    return [(name, module) for module, name in found.items()]
 
 
 def _processes() -> int:
@@ -231,7 +266,7 @@ def hold(cell: object, batch_size: int, *, cuda_graph: bool = False) -> Held:
     read a tensor that the next step replaces.
 
     Args:
-        cell: a module is looked into, with the modules inside.
+        cell: a module is looked into, with the modules inside; a function for norms, as far as :func:`modules_of` sees.
         batch_size: samples of the solve.
 
     Raises:
@@ -243,6 +278,15 @@ def hold(cell: object, batch_size: int, *, cuda_graph: bool = False) -> Held:
     """
     contexts: list[Context] = []
     statistics: list[_RunningStatistics] = []
+    for path, module in modules_of(cell):
+        if isinstance(module, _NormBase) and module.training and module.running_mean is not None:
+            if cuda_graph:
+                raise ValueError(
+                    f"cuda_graph=True cannot hold the running statistics of the cell's {path or 'module'}, a "
+                    f"{type(module).__name__} in training mode: use cuda_graph=False"
+                )
+            statistics.append(_RunningStatistics(module))
+            contexts.append(statistics[-1].held)
     for path, module in cell.named_modules() if isinstance(cell, nn.Module) else ():
         name = path or "module"
         if isinstance(module, SyncBatchNorm) and module.training and _processes() > 1:
@@ -269,14 +313,6 @@ def hold(cell: object, batch_size: int, *, cuda_graph: bool = False) -> Held:
                 f"a fixed point needs a cell that is the same map at every call, but the hook of spectral_norm on its "
                 f"{name} changes the weight at each: use torch.nn.utils.parametrizations.spectral_norm"
             )
-        if isinstance(module, _NormBase) and module.training and module.running_mean is not None:
-            if cuda_graph:
-                raise ValueError(
-                    f"cuda_graph=True cannot hold the running statistics of the cell's {name}, a "
-                    f"{type(module).__name__} in training mode: use cuda_graph=False"
-                )
-            statistics.append(_RunningStatistics(module))
-            contexts.append(statistics[-1].held)
         if isinstance(module, VariationalDropout) and module.training and module.p > 0:
             if cuda_graph:
                 raise ValueError(f"cuda_graph=True cannot draw the masks of the cell's {name}: use cuda_graph=False")

@@ -53,8 +53,7 @@ class DEQ(nn.Module):
         cell: (z, x) -> z; z and x are tensors, (B, ...), of one shape unless ``z0`` is given, or nests of them: tuples,
             named tuples, lists and dicts, for models of several scales. The tensors of a nested z are views of one
             buffer, whose rows are D elements apart, D being the elements that a sample has in all of them. A cell that
-            is no module cannot be looked into: that it treats samples independently is then taken on trust by
-            ``compact``.
+            is no module cannot be looked into, but for the norms that a function or a method names.
         solver: finds z*; default ``Anderson()``.
         gradient: how gradients pass; default ``Implicit()``, its adjoint solved by ``solver``.
         cuda_graph: record evaluation and update once for each shape as a CUDA graph and replay it, in the forward and

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from deq import DEQ
+from deq import DEQ, held
 from deq.gradients import Implicit, JacobianFree, Phantom
 from deq.solvers import Anderson, Broyden, Forward, Outcome, Solution, Solver
 from deq.solvers import base as solvers_base
-from deq.stability import spectral_radius
+from deq.stability import jacobian_penalty, spectral_radius
 
 D = torch.float64
 Cell = Callable[[Tensor, Tensor], Tensor]
@@ -529,3 +529,160 @@ def test_nobody_is_told_converged_who_is_not(
     assert solution.checks <= int(not solution.converged.all())
     assert_honest(solution, f, coupled=coupled)
     assert math.isfinite(float(solution.residual.min()))
+
+
+# What a first reading by someone else found
+
+
+@pytest.mark.parametrize("patience", [5, 20])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_witness_that_looked_elsewhere_proves_nothing(kind: type[Solver], patience: int) -> None:
+    # Row 0 is given up and returned at its best, row 1 sees row 0, and row 2, which sees neither, never ends.
+    for seed in range(12):
+        P = torch.linalg.qr(torch.randn(4, 4, dtype=D, generator=torch.Generator().manual_seed(seed))).Q
+
+        def f(z: Tensor, P: Tensor = P) -> Tensor:
+            wild = 10 + 0.3 * torch.sin(1e3 * z[2] @ P)
+            return torch.stack([3 * torch.sin(4 * z[0] @ P) + 1, 0.5 * torch.sin(z[1]) + z[0] + 1, wild])
+
+        solution = kind(tol=1e-6, max_iter=60, patience=patience).solve(f, torch.ones(3, 4, dtype=D))
+        assert_honest(solution, f)
+        assert solution.evaluations <= 60
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gate_that_opens_where_a_neighbour_is_returned(kind: type[Solver]) -> None:
+    def f(z: Tensor) -> Tensor:
+        turned = z[1] @ torch.tensor([[0.0, -1.01], [1.01, 0.0]], dtype=D) + 0.4
+        return torch.stack([torch.relu(z[1] - 1) + 1, turned])
+
+    for cap in range(2, 24):
+        solution = kind(tol=1e-6, max_iter=cap, patience=0).solve(f, torch.tensor([[1.0, 1.0], [2.0, 0.5]], dtype=D))
+        assert_honest(solution, f)
+
+
+@pytest.mark.parametrize("atol", [1.0, 1e-2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_absolute_tolerance_of_the_states_is_none_of_the_gradients(kind: type[Solver], atol: float) -> None:
+    x = torch.full((4, 3), 1e3, dtype=D, requires_grad=True)
+    solver = kind(tol=1e-6, atol=atol, max_iter=500)
+    for gradient in (Implicit(), Implicit(solver)):
+        (DEQ(lambda z, x: 0.9 * z + x, solver, gradient)(x) * 1e-6).sum().backward()
+        torch.testing.assert_close(x.grad, torch.full_like(x, 1e-5), rtol=1e-4, atol=0)
+        x.grad = None
+
+
+def test_an_adjoint_is_told_in_the_users_units() -> None:
+    x = torch.ones(2, 3, dtype=D, requires_grad=True)
+    for scale in (None, torch.tensor([1e3, 1.0, 1e-2], dtype=D)):
+        for coupled in (False, True):
+            layer = DEQ(lambda z, x: 0.5 * z + x, Anderson(tol=1e-10), scale=scale, coupled=coupled)
+            layer(x).sum().backward()
+            assert layer.last_adjoint is not None
+            torch.testing.assert_close(layer.last_adjoint.z, torch.full((2, 3), 2.0, dtype=D), rtol=1e-8, atol=0)
+
+
+def test_nothing_after_a_call_takes_its_running_statistics_back() -> None:
+    cell = Normed(nn.BatchNorm1d(6, dtype=D))
+    layer = DEQ(cell, Anderson(tol=1e-8, max_iter=200))
+    earlier = layer.equilibrium(torch.randn(12, 6, dtype=D) + 2)
+    for calls in range(2, 5):
+        found = layer.equilibrium(torch.randn(12, 6, dtype=D) + 2, corrections=(1,))
+        before = [buffer.clone() for buffer in cell.buffers()]
+        (found.z.square().mean() + jacobian_penalty(found.f, found.z)).backward()
+        spectral_radius(earlier.f, earlier.z, coupled=True, steps=3)
+        assert all(torch.equal(*pair) for pair in zip(cell.buffers(), before, strict=True))
+        assert int(cell.norm.num_batches_tracked) == calls  # type: ignore[arg-type]
+
+
+def test_corrections_do_not_stand_in_for_the_fixed_point_in_running_statistics() -> None:
+    x = torch.randn(12, 6, dtype=D)
+    torch.manual_seed(3)
+    plain = Normed(nn.BatchNorm1d(6, dtype=D, momentum=1.0))
+    corrected = Normed(nn.BatchNorm1d(6, dtype=D, momentum=1.0))
+    corrected.load_state_dict(plain.state_dict())
+    solver = Anderson(tol=1e-10, max_iter=200)
+    DEQ(plain, solver).equilibrium(x)
+    DEQ(corrected, solver).equilibrium(x, corrections=(1, 2))
+    for one, other in zip(plain.buffers(), corrected.buffers(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_norms_that_a_function_or_a_method_names_are_seen() -> None:
+    norm, linear = nn.BatchNorm1d(6, dtype=D), nn.Linear(6, 6, dtype=D)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear, self.head = nn.BatchNorm1d(6, dtype=D), nn.Linear(6, 6, dtype=D), nn.BatchNorm1d(6)
+
+        def inner(self, z: Tensor) -> Tensor:
+            return self.norm(self.linear(z))  # type: ignore[no-any-return]
+
+        def step(self, z: Tensor, x: Tensor) -> Tensor:
+            return torch.tanh(0.5 * self.inner(z) + x)
+
+    model = Model()
+    for cell, its_norm in ((lambda z, x: torch.tanh(0.5 * norm(linear(z)) + x), norm), (model.step, model.norm)):
+        layer = DEQ(cell, Anderson(tol=1e-8, max_iter=200))
+        layer(torch.randn(8, 6, dtype=D)).sum().backward()
+        assert layer.last_solution is not None
+        assert len(set(layer.last_solution.iterations.tolist())) == 1, "one system"
+        assert int(its_norm.num_batches_tracked) == 1  # type: ignore[arg-type]
+    assert int(model.head.num_batches_tracked) == 0  # type: ignore[arg-type]
+
+
+def test_a_sync_batch_norm_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = DEQ(Normed(nn.SyncBatchNorm(6, dtype=D)))
+    monkeypatch.setattr(held, "_processes", lambda: 4)
+    with pytest.raises(ValueError, match="norm, a SyncBatchNorm in training mode, would wait for all 4 processes"):
+        layer(torch.randn(4, 6, dtype=D))
+
+
+# A map that is another at every call says nothing about samples
+
+
+@pytest.mark.parametrize(
+    "module", [nn.MultiheadAttention(6, 2, dropout=0.1), nn.LSTM(6, 6, num_layers=2, dropout=0.1), nn.RReLU()]
+)
+def test_modules_that_draw_random_numbers_are_refused(module: nn.Module) -> None:
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = module
+
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            return 0.5 * z + x
+
+    layer = DEQ(Cell())
+    with pytest.raises(ValueError, match=r"its part, a .* in training mode, draws random numbers"):
+        layer(torch.ones(2, 6))
+    layer.eval()(torch.ones(2, 6))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_map_that_draws_random_numbers_is_refused(kind: type[Solver]) -> None:
+    def noisy(z: Tensor) -> Tensor:
+        return 0.5 * z + 1 + 1e-3 * torch.rand(())
+
+    with pytest.raises(ValueError, match="f drew random numbers in its second evaluation"):
+        kind(tol=1e-6).solve(noisy, torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="f drew random numbers"):
+        DEQ(lambda z, x: nn.functional.dropout(0.5 * z + x, 0.1), kind(tol=1e-6))(torch.ones(3, 2))
+
+
+def test_one_that_is_not_finite_does_not_name_the_others() -> None:
+    x = torch.randn(8, 3, dtype=D)
+    x[2] = torch.nan
+
+    def f(z: Tensor) -> Tensor:
+        out = (0.3 * z + x).clone()
+        out[0] = out[0] + 0.5 * z[7]
+        out[7] = out[7] + 0.35 * z[0]
+        return out
+
+    for kind in KINDS:
+        solution = kind(tol=1e-8, max_iter=100).solve(f, torch.zeros(8, 3, dtype=D))
+        assert (solution.outcome == Outcome.NON_FINITE).nonzero().flatten().tolist() == [2]
+        residual = of_samples(f, solution.z)
+        assert (residual[solution.converged] <= 1e-8 * (1 + 1e-6)).all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -135,6 +136,36 @@ def test_a_name_that_x_does_not_have_is_refused(shared: list[Any], x: Any, messa
 def test_one_name_must_be_in_a_list() -> None:
     with pytest.raises(ValueError, match=r"shared must be a list of keys of x, got 'pos': give \['pos'\]"):
         DEQ(with_positions, shared="pos")
+
+
+LAST_SEES_NOBODY = {
+    "later rows": lambda z: z.flip(0).cumsum(0).flip(0) - z,
+    "a pair": lambda z: torch.cat([z[1:2], z[:1], torch.zeros_like(z[2:])]) * 3,
+    "a ring with padding": lambda z: torch.cat([z[:5].roll(1, 0), torch.zeros_like(z[5:])]),
+}
+
+
+@pytest.mark.parametrize("name", LAST_SEES_NOBODY)
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("kind", [Anderson, Broyden, Forward])
+def test_samples_that_see_each_other_are_noticed_at_the_end_too(name: str, grad: bool, kind: type[Solver]) -> None:
+    slopes = torch.tensor([0.9] * 5 + [0.0] * 3, dtype=D)[:, None]
+
+    def cell(z: Tensor, x: dict[str, Tensor]) -> Tensor:
+        others = LAST_SEES_NOBODY[name](z) if len(z) > 1 else 0 * z
+        return x["slope"] * z.tanh() + 0.1 * others + x["b"]
+
+    x = {"slope": slopes, "b": torch.randn(8, 2, dtype=D)}
+    layer = DEQ(cell, kind(tol=1e-8, max_iter=400, compact=True))
+    with torch.set_grad_enabled(grad):
+        try:
+            z = layer(x, z0=torch.zeros(8, 2, dtype=D))
+        except ValueError as error:
+            assert "compact=True" in str(error)  # noqa: PT017
+        else:
+            residual = (cell(z, x) - z).norm(dim=1) / cell(z, x).norm(dim=1)
+            assert layer.last_solution is not None
+            assert (residual[layer.last_solution.converged] <= 1e-8 * (1 + 1e-4)).all()
 
 
 # What a cell returns beside z
@@ -281,19 +312,29 @@ def test_accounts_are_no_part_of_a_saved_or_copied_layer() -> None:
         assert torch.equal(twin[0](torch.ones(2, 4, dtype=D))[0], model[0](torch.ones(2, 4, dtype=D))[0])
 
 
-@pytest.mark.parametrize("lazy", [nn.LazyLinear(4), nn.Sequential(nn.LazyLinear(7), nn.ReLU(), nn.LazyLinear(4))])
-def test_lazy_modules_take_their_shapes_at_the_first_call(lazy: nn.Module) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    "lazy",
+    [
+        lambda: nn.LazyLinear(4),
+        lambda: nn.Sequential(nn.LazyLinear(7), nn.ReLU(), nn.LazyLinear(4)),
+        lambda: nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d()),
+    ],
+)
+def test_lazy_modules_take_their_shapes_at_the_first_call(lazy: Callable[[], nn.Module], autocast: bool) -> None:
     class Cell(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = copy.deepcopy(lazy)
+            self.inner = lazy()
 
         def forward(self, z: Tensor, x: Tensor) -> Tensor:
             return torch.tanh(0.3 * self.inner(z) + x)
 
-    layer = DEQ(Cell(), Anderson(tol=1e-5))
+    layer = DEQ(Cell(), Anderson(tol=1e-2 if autocast else 1e-5))
     x = torch.randn(3, 4, requires_grad=True)
-    layer(x).sum().backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        z = layer(x)
+    z.sum().backward()
     assert layer.last_solution is not None
     assert layer.last_solution.converged.all()
     assert all(parameter.grad is not None for parameter in layer.parameters())
@@ -302,3 +343,36 @@ def test_lazy_modules_take_their_shapes_at_the_first_call(lazy: nn.Module) -> No
 def test_a_start_of_one_row_for_many_samples_is_told_so() -> None:
     with pytest.raises(ValueError, match=r"give z0 a row for each of the 64 samples of x, z0.expand\(64, ...\)"):
         DEQ(lambda z, x: 0.5 * z + x)(torch.randn(64, 8), z0=torch.zeros(1, 8))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DEQ(None), "cell must be a module or a function"),  # type: ignore[arg-type]
+        (lambda: DEQ(nn.Linear), "cell must be a module or a function"),
+        (lambda: DEQ(uneven, "anderson"), r"solver must be a solver such as Anderson\(\), got 'anderson'"),  # type: ignore[arg-type]
+        (lambda: DEQ(uneven, Anderson), "solver must be a solver"),  # type: ignore[arg-type]
+        (lambda: DEQ(uneven, None, Implicit), "gradient must be a gradient"),  # type: ignore[arg-type]
+        (lambda: Implicit(3), "solver must be a solver"),  # type: ignore[arg-type]
+        (lambda: DEQ(uneven, aux=1), "aux must be true or false, got 1"),  # type: ignore[arg-type]
+        (lambda: DEQ(uneven, shared=5), "shared must be a list of keys of x, got 5"),  # type: ignore[arg-type]
+        (lambda: DEQ(uneven).equilibrium(torch.ones(2, 4), corrections=3), "corrections must be a list"),  # type: ignore[arg-type]
+        (lambda: PLAIN.solve(uneven, torch.ones(2, 4, dtype=D), coupled="no"), "coupled must be true or false"),  # type: ignore[arg-type]
+        (lambda: PLAIN.solve(lambda z: z.to_sparse(), torch.ones(2, 4)), "layout torch.sparse_coo: return a dense one"),
+    ],
+)
+def test_what_is_none_of_these_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_iterators_name_evaluations_as_lists_do() -> None:
+    layer = DEQ(lambda z, x: 0.5 * z + x)
+    assert len(layer.equilibrium(torch.ones(2, 3), corrections=iter([1, 2])).states) == 2  # type: ignore[arg-type]
+
+
+def test_a_write_into_the_argument_is_seen_in_inference_mode_too() -> None:
+    with torch.inference_mode(), pytest.raises(ValueError, match="f wrote into its argument"):
+        PLAIN.solve(lambda z: z.mul_(0.5).add_(1), torch.zeros(2, 3))
+    with torch.inference_mode():
+        assert PLAIN.solve(lambda z: z, torch.ones(2, 3)).converged.all()

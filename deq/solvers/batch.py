@@ -128,7 +128,7 @@ class Look:
         lost = converged & ~unchanged & ~(now <= _clear(solver, x))
         stands = converged | (outcome == Outcome.MEAN_MET)
         # Under the mean test nobody is frozen at tol, but may be told converged at the end.
-        someone = converged.any() if solver.stop == "max" else torch.ones_like(lost).any()
+        someone = converged.any() | (solver.stop == "mean")
         residual = torch.where((outcome != 0) & ~unchanged, now, told)
         return Look(residual, stands.all(), someone, lost.any())
 

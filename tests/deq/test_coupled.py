@@ -526,7 +526,7 @@ def test_nobody_is_told_converged_who_is_not(
         solution = solver.solve(counted, z0, coupled=coupled)
     assert solution.evaluations <= cap
     assert calls == solution.evaluations + solution.checks
-    assert solution.checks <= int(not solution.converged.all())
+    assert solution.checks <= 1
     assert_honest(solution, f, coupled=coupled)
     assert math.isfinite(float(solution.residual.min()))
 

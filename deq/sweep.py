@@ -26,7 +26,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from deq.arguments import quoted
-from deq.errors import UserError
+from deq.errors import UserError, in_yaml
 from deq.files import shown, write_atomically
 
 FILE = "sweep.json"
@@ -66,9 +66,14 @@ class GridSweeper(Sweeper):
                 raise ValueError(
                     f"hydra.sweeper.{name} must be knobs with their values, such as {example}, got {given}"
                 )
-        self.max_batch_size = max_batch_size
-        self.params = {key: str(value) for key, value in (params or {}).items()}
-        self.grids = [{key: str(value) for key, value in grid.items()} for grid in grids or ()]
+        size = max_batch_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(
+                f"hydra.sweeper.max_batch_size must be an integer of at least 1 or null, got {in_yaml(size)}"
+            )
+        self.max_batch_size = size
+        self.params = _as_typed(params or {})
+        self.grids = [_as_typed(grid) for grid in grids or ()]
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra before :meth:`sweep`."""
@@ -154,6 +159,17 @@ def jobs_of(grids: Sequence[Grid], params: Grid, arguments: Sequence[str], parse
         order = {seed: number for number, seed in enumerate(seeds)}
         jobs.sort(key=lambda job: max((order[one] for one in job if one in order), default=0))
     return jobs
+
+
+def _as_typed(grid: Mapping[str, Any]) -> Grid:
+    """The values of a config file as Hydra writes them: a null there is no text ``None``."""
+    plain = OmegaConf.to_container(grid) if isinstance(grid, DictConfig) else dict(grid)
+    assert isinstance(plain, dict)
+    # A text may stand for several values, and is left as it is. YAML's spelling of the rest is Hydra's, too.
+    return {str(key): value if isinstance(value, str) else _IN_HYDRA(value) for key, value in plain.items()}
+
+
+_IN_HYDRA = Override._get_value_element_as_str
 
 
 def _parsed(grid: Grid, parser: OverridesParser) -> dict[str, list[str]]:

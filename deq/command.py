@@ -28,9 +28,14 @@ from hydra.errors import (
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import GrammarParseError, InterpolationResolutionError, UnsupportedInterpolationType
+from omegaconf.errors import (
+    GrammarParseError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+    UnsupportedInterpolationType,
+)
 
-from deq import checkpoint, metrics, sweep, tracking
+from deq import checkpoint, composed, metrics, sweep, tracking
 from deq.arguments import Names, arranged, quoted, typed
 from deq.errors import UserError, first_line, in_yaml, in_yaml_too
 from deq.files import shown
@@ -73,12 +78,13 @@ def launch(task: Task, conf: Path) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes exceptions on to this function as they are
 
     try:
-        sys.argv[1:], shows = arranged(sweep.resumed_arguments(sys.argv[1:]), conf)
+        sys.argv[1:], shows, part = arranged(sweep.resumed_arguments(sys.argv[1:]), conf)
     except UserError as error:
         if full_error:
             raise
         end(str(error))
     sweep.register()
+    composed.install(part)
     jobs: list[Path] = []  # folders of the jobs begun
     failed: list[str] = []  # numbers of the jobs of a sweep that failed
 
@@ -107,6 +113,7 @@ def launch(task: Task, conf: Path) -> None:
                 raise
             end(sentence)
         finally:
+            _remove_hydras(folder, about)
             _remove_if_empty(folder, alone=about.mode == RunMode.MULTIRUN and bool(failed))
 
     try:
@@ -126,8 +133,14 @@ def launch(task: Task, conf: Path) -> None:
         sys.exit(error.status)
     except Exception as error:
         sentence = None if full_error else _explain(error, conf)
+        config = composed.Loader.latest
         if isinstance(error, OSError) and error.filename and not jobs and not full_error:  # Hydra makes that folder
-            sentence = f"the run folder {error.filename} cannot be made ({error.strerror}); give another hydra.run.dir"
+            kind = "sweep" if config.hydra.mode == RunMode.MULTIRUN else "run"
+            sentence = (
+                f"the {kind} folder {error.filename} cannot be made ({error.strerror}); give another hydra.{kind}.dir"
+            )
+        if config is not None:
+            _remove_made(config)
         if "--shell-completion" in sys.argv or "-sc" in sys.argv:  # which raises anything, and has no words
             sentence = f"--shell-completion: {first_line(error)}; `python train.py --hydra-help` says how"
         if sentence is None:
@@ -491,6 +504,30 @@ def _remove_if_empty(folder: Path, beside: Collection[str] = (), *, alone: bool 
             parent.rmdir()
 
 
+def _remove_hydras(folder: Path, about: Any) -> None:
+    """Take away Hydra's own notes in the folder of a run, where there is nothing else: that run never began."""
+    notes, log = folder / str(about.output_subdir), folder / f"{about.job.name}.log"
+    with contextlib.suppress(OSError):
+        if about.output_subdir is not None and {*folder.iterdir()} == {notes}:
+            for name in ("config.yaml", "hydra.yaml", "overrides.yaml"):
+                (notes / name).unlink(missing_ok=True)
+            notes.rmdir()
+        if {*folder.iterdir()} == {log}:
+            log.unlink()
+
+
+def _remove_made(config: DictConfig) -> None:
+    """Take away the folder that Hydra made for a run, or for a sweep, before it could not begin it."""
+    about: Any = config.hydra
+    with contextlib.suppress(OmegaConfBaseException):  # it never had one
+        made = OmegaConf.select(about, "runtime.output_dir") or about.sweep.dir
+        if OmegaConf.is_missing(about.runtime, "output_dir"):
+            _remove_if_empty(Path(made).absolute(), beside=(sweep.HYDRAS_OWN, sweep.FILE))
+        else:
+            _remove_hydras(Path(made), about)
+            _remove_if_empty(Path(made))
+
+
 def _explain(error: BaseException, conf: Path) -> str | None:
     """One sentence about a user's mistake, or None if the error is none."""
     if isinstance(error, InstantiationException):
@@ -510,7 +547,7 @@ def _explain(error: BaseException, conf: Path) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, ConfigCompositionException):
-        return _explain_composition(error, conf)
+        return _explain_composition(error)
     unknown = re.match(r"Interpolation key '([^']+)' not found", str(error))
     if unknown:
         return Names(conf).missing(unknown.group(1))
@@ -527,7 +564,7 @@ def _explain(error: BaseException, conf: Path) -> str | None:
     return None
 
 
-def _explain_composition(error: ConfigCompositionException, conf: Path) -> str:
+def _explain_composition(error: ConfigCompositionException) -> str:
     """One sentence about overrides that do not go together with the config files."""
     text = str(error) or first_line(error.__cause__ or error)
     several = re.match(r"(Ambiguous value for argument|Sweep parameters) '([^=]+)=(.*)'", text)
@@ -535,9 +572,6 @@ def _explain_composition(error: ConfigCompositionException, conf: Path) -> str:
         how, knob, values = several.groups()
         listed = f", or write {knob}=[{values}] for a list or {typed(knob, values)} for a text"
         return f"{knob}={values} has several values: add -m for a sweep over them{listed if how[0] == 'A' else ''}"
-    unknown = re.match(r"Could not override '?([\w.@/]+)'?", text)
-    if unknown:
-        return Names(conf).missing(unknown.group(1))
     there = re.match(
         r"Could not append to config. An item is already at '(?P<item>[^']+)'"
         r"|Multiple values for (?P<group>[\w/@]+)\."
@@ -575,6 +609,8 @@ def _explain_instantiation(error: InstantiationException, conf: Path) -> str | N
     unknown = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
     if unknown and node:
         return Names(conf).missing(f"{node}.{unknown.group(1)}")
+    if isinstance(cause, TypeError) and node:
+        return f"{node}._target_ cannot take the knobs of {node} ({first_line(cause)}); leave it out for the default"
     return in_yaml_too(f"adjoint: {cause}" if node == "adjoint" else str(cause))
 
 

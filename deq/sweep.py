@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import re
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from deq.arguments import quoted
 from deq.errors import UserError, in_yaml
@@ -159,6 +160,33 @@ def jobs_of(grids: Sequence[Grid], params: Grid, arguments: Sequence[str], parse
         order = {seed: number for number, seed in enumerate(seeds)}
         jobs.sort(key=lambda job: max((order[one] for one in job if one in order), default=0))
     return jobs
+
+
+def refuse_bad_tuner(sweeper: Any) -> None:
+    """
+    Raises:
+        UserError: Optuna would fail at a value, with a folder or without words.
+    """
+    if not isinstance(sweeper, DictConfig) or not str(sweeper.get("_target_")).endswith(".OptunaSweeper"):
+        return
+    for knob in ("n_trials", "n_jobs"):
+        if not sweeper[knob] >= 1:
+            raise UserError(f"hydra.sweeper.{knob} must be an integer of at least 1, got {sweeper[knob]}")
+    rate = sweeper.max_failure_rate
+    if not 0 <= rate <= 1:
+        raise UserError(f"hydra.sweeper.max_failure_rate must be a number from 0 to 1, got {rate}")
+    directions = sweeper.direction if isinstance(sweeper.direction, ListConfig) else [sweeper.direction]
+    for one in directions or [None]:
+        if getattr(one, "name", one) not in ("maximize", "minimize"):
+            raise UserError(
+                f"hydra.sweeper.direction must be maximize or minimize, or a list of such, got {in_yaml(one)}"
+            )
+    storage = sweeper.storage
+    if storage is not None and not re.match(r"[a-z][\w+]*://", str(storage)):
+        raise UserError(
+            f"hydra.sweeper.storage must be the URL of a database, such as sqlite:///tune.db, or null, got "
+            f"{in_yaml(storage)}"
+        )
 
 
 def _as_typed(grid: Mapping[str, Any]) -> Grid:

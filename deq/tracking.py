@@ -118,6 +118,7 @@ class WandbOptions:
             return
         if isinstance(self.tags, str) or not isinstance(self.tags, Sequence):
             raise UserError(f"logger.tags must be a list, such as [first,second], got {in_yaml(self.tags)}")
+        tag: Any  # whatever the command line has
         for tag in self.tags:
             if isinstance(tag, bool) or not isinstance(tag, str | int | float):
                 raise UserError(f"each of logger.tags must be a text, such as first, got {in_yaml(tag)}")

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from deq.errors import UserError, first_line
@@ -20,7 +21,7 @@ _SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N"}
 _NUMBERS = {"I": "32-bit integers", "F": "floating-point numbers"}
 
 _SCALES = {"L;2": 85, "L;4": 17}
-"""How a PNG packs grey pixels of fewer than 8 bits → what Pillow multiplies them with, though not the transparent key."""
+"""How a PNG packs grey pixels of fewer than 8 bits → what Pillow multiplies them with, but not the key."""
 
 # TIFF's tags.
 _BITS, _PHOTOMETRIC, _CHANNELS, _SAMPLE_FORMAT = 258, 262, 277, 339
@@ -115,7 +116,9 @@ def _transparent(image: Image.Image) -> bool:
     """Whether any pixel is not opaque. An alpha channel that is opaque everywhere says nothing and is dropped."""
     if not image.has_transparency_data:
         return False
-    scale = _SCALES.get(image.tile[0].args, 1) if image.format == "PNG" and image.tile else 1  # gone when loaded
+    scale = (
+        _SCALES.get(str(image.tile[0][3]), 1) if isinstance(image, PngImageFile) and image.tile else 1
+    )  # gone when loaded
     image.load()
     key = image.info.get("transparency")  # the value or colour that stands for nothing, or each palette entry's alpha
     if image.mode in ("1", "L") and isinstance(key, int):

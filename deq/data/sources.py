@@ -167,8 +167,8 @@ def _decode(listing: Listing, image_size: int | None) -> Pixels:
         found = list(pool.map(lambda path: _read(path, image_size, greatest), paths))
     if greatest and max(greatest) <= _TWELVE_BITS:
         warnings.warn(
-            f"no 16-bit image of {listing.folder} has a value above {max(greatest)} of 65535, so they are read as nearly "
-            f"black; where they hold fewer bits, such as 12, multiply their values up to 65535",
+            f"no 16-bit image of {listing.folder} has a value above {max(greatest)} of 65535, so they are read as "
+            f"nearly black; where they hold fewer bits, such as 12, multiply their values up to 65535",
             stacklevel=2,
         )
     images = [one for one in found if not isinstance(one, UserError)]

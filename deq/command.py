@@ -37,7 +37,7 @@ from omegaconf.errors import (
 
 from deq import checkpoint, composed, metrics, sweep, tracking
 from deq.arguments import Names, arranged, quoted, typed
-from deq.errors import UserError, first_line, in_yaml, in_yaml_too
+from deq.errors import UserError, first_line, in_yaml, in_yaml_too, values_of_the_user
 from deq.files import shown
 from deq.interrupt import Interrupted
 from deq.solvers import Solver
@@ -383,9 +383,35 @@ def build(config: DictConfig, node: str, kind: type[Any]) -> Any:
     made = instantiate(config[node])
     if not isinstance(made, kind):
         raise UserError(
-            f"{node}._target_ must make a {kind.__name__}, got a {type(made).__name__}; leave it out for the default"
+            f"{node}._target_ must make {_article(kind)}, got {_article(type(made))}; leave it out for the default"
         )
     return made
+
+
+def _article(kind: type) -> str:
+    return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
+
+
+def build_model(config: DictConfig, **given: Any) -> torch.nn.Module:
+    """What ``model`` describes. given: what train.py itself gives it.
+
+    Raises:
+        UserError: a value that it does not take, or a ``_target_`` of the user's that makes something else.
+    """
+    try:
+        with values_of_the_user():
+            made = instantiate(config.model)(**given)
+    except TypeError as error:
+        raise UserError(_cannot_take("model", error)) from error
+    if not isinstance(made, torch.nn.Module):
+        raise UserError(
+            f"model._target_ must make a torch.nn.Module, got {_article(type(made))}; leave it out for the default"
+        )
+    return made
+
+
+def _cannot_take(node: str, error: TypeError) -> str:
+    return f"{node}._target_ cannot take the knobs of {node} ({first_line(error)}); leave it out for the default"
 
 
 def pick_device(name: Any) -> torch.device:
@@ -508,24 +534,23 @@ def _remove_hydras(folder: Path, about: Any) -> None:
     """Take away Hydra's own notes in the folder of a run, where there is nothing else: that run never began."""
     notes, log = folder / str(about.output_subdir), folder / f"{about.job.name}.log"
     with contextlib.suppress(OSError):
-        if about.output_subdir is not None and {*folder.iterdir()} == {notes}:
+        if {*folder.iterdir()} <= {notes, log}:
+            log.unlink(missing_ok=True)
             for name in ("config.yaml", "hydra.yaml", "overrides.yaml"):
                 (notes / name).unlink(missing_ok=True)
             notes.rmdir()
-        if {*folder.iterdir()} == {log}:
-            log.unlink()
 
 
 def _remove_made(config: DictConfig) -> None:
     """Take away the folder that Hydra made for a run, or for a sweep, before it could not begin it."""
     about: Any = config.hydra
-    with contextlib.suppress(OmegaConfBaseException):  # it never had one
-        made = OmegaConf.select(about, "runtime.output_dir") or about.sweep.dir
-        if OmegaConf.is_missing(about.runtime, "output_dir"):
-            _remove_if_empty(Path(made).absolute(), beside=(sweep.HYDRAS_OWN, sweep.FILE))
-        else:
-            _remove_hydras(Path(made), about)
-            _remove_if_empty(Path(made))
+    swept = about.mode == RunMode.MULTIRUN
+    with contextlib.suppress(OmegaConfBaseException):  # it has no name, and was not made
+        if not OmegaConf.is_missing(about.runtime, "output_dir"):
+            _remove_hydras(Path(about.runtime.output_dir), about)
+            _remove_if_empty(Path(about.runtime.output_dir), alone=swept)
+        if swept:
+            _remove_if_empty(Path(about.sweep.dir).absolute(), beside=(sweep.HYDRAS_OWN, sweep.FILE))
 
 
 def _explain(error: BaseException, conf: Path) -> str | None:
@@ -555,7 +580,15 @@ def _explain(error: BaseException, conf: Path) -> str | None:
         error, HydraException | InterpolationResolutionError | UnsupportedInterpolationType | GrammarParseError
     ):
         return first_line(error)
+    plugin = re.match(r"(?:Invalid plugin|Unknown plugin class :) '([^']+)'", str(error))
+    if plugin:
+        return f"{plugin[1]} is no plugin of Hydra's; write hydra/launcher=OPTION or hydra/sweeper=OPTION to choose one"
     for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "configure_log":
+            reason = first_line(error.__cause__ or error)
+            return f"hydra.job_logging or hydra.hydra_logging cannot be used ({reason}); leave it out for the default"
+        if str(frame.f_globals.get("__name__")).startswith("optuna."):
+            return f"hydra.sweeper cannot be used ({first_line(error)}); mend it, such as hydra.sweeper.storage"
         if frame.f_code.co_name == "_apply_overrides_to_config":  # OmegaConf fails, of whatever kind, at one of them
             line = frame.f_locals["override"].input_line
             return (
@@ -610,7 +643,7 @@ def _explain_instantiation(error: InstantiationException, conf: Path) -> str | N
     if unknown and node:
         return Names(conf).missing(f"{node}.{unknown.group(1)}")
     if isinstance(cause, TypeError) and node:
-        return f"{node}._target_ cannot take the knobs of {node} ({first_line(cause)}); leave it out for the default"
+        return _cannot_take(node, cause)
     return in_yaml_too(f"adjoint: {cause}" if node == "adjoint" else str(cause))
 
 

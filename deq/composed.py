@@ -51,6 +51,8 @@ class Loader(ConfigLoaderImpl):
         Raises:
             UserError: nothing reads a name, or it is for another mode of running.
         """
+        if not validate_sweep_overrides:  # Hydra asks for the mode alone, and would take any refusal for none
+            return super().load_configuration(config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
         given = [parsed(one) for one in overrides]
         self._files = self._config = OmegaConf.create()
         try:

@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -214,7 +215,7 @@ def _explain_what_is_not_there(
     if how == "delete":
         raise UserError(f"there is no {name} here to delete; leave ~{name} out") from error
     line = given.input_line if given is not None else f"{name}=VALUE"
-    raise UserError(f"there is no {absent[0]} yet; write +{line} to add it") from error
+    raise UserError(f"there is no {absent[0]} yet; write {shlex.quote(f'+{line}')} to add it") from error
 
 
 def _refuse_tuned_names(overrides: list[Override], composed: _Composed) -> None:

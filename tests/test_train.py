@@ -242,7 +242,7 @@ MISTAKES = {
     "-m hydra.sweeper.grids=[3]": "hydra.sweeper.grids must be knobs with their values, such as [{window:",
     "-m window=range(3,3)": "window=range(3,3) stands for no value, so there is no job; give one at least",
     "hydra.mode=both": "hydra.mode=both: Invalid value 'both', expected one of [RUN, MULTIRUN]",
-    "hydra.job.env_set.NAME=1": "there is no hydra.job.env_set.NAME yet; write +hydra.job.env_set.NAME=VALUE to add it",
+    "hydra.job.env_set.NAME=1": "there is no hydra.job.env_set.NAME yet; write +hydra.job.env_set.NAME=1 to add it",
     "+hydra.callbacks.mine._target_=nothere": "hydra.callbacks.mine._target_: there is no nothere to import; leave it",
     "window=${nothere}": "there is no knob nothere; `python train.py --help` lists them",
     "window=${nothere:3}": "Unsupported interpolation type nothere",

@@ -94,8 +94,8 @@ UNREAD = {
     "+seed2=1 window=${seed}": "there is no knob seed2; did you mean seed?",
     "optim.optimizer.amsgrad=true": "there is no optim.optimizer.amsgrad yet; write +optim.optimizer.amsgrad=true to",
     "optim.optimizer={_target_:torch.optim.SGD,momentum:0.9}": "there is no optim.optimizer.momentum yet; write "
-    "+optim.optimizer={_target_:torch.optim.SGD,momentum:0.9} to add it",
-    "hydra.callbacks={a:{_target_:b.C}}": "there is no hydra.callbacks.a._target_ yet; write +hydra.callbacks={a:",
+    "'+optim.optimizer={_target_:torch.optim.SGD,momentum:0.9}' to add it",
+    "hydra.callbacks={a:{_target_:b.C}}": "there is no hydra.callbacks.a._target_ yet; write '+hydra.callbacks={a:",
     "~hydra.job.env_set.NAME": "there is no hydra.job.env_set.NAME here to delete; leave ~hydra.job.env_set.NAME out",
     "experiment=tune ~hydra.sweeper.n_trials": f"~hydra.sweeper.n_trials {DELETES}",
     # In what is swept over.

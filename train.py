@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from deq import checkpoint
 from deq.command import (
     build,
+    build_model,
     claim,
     launch,
     objective,
@@ -39,7 +40,7 @@ from deq.command import (
     validate,
 )
 from deq.crossover import Crossover
-from deq.data import Batches
+from deq.data import Batches, ImageData
 from deq.display import Display, described
 from deq.energy import EnergyMeter, EnergyOptions
 from deq.errors import UserError, first_line, values_of_the_user
@@ -94,18 +95,18 @@ def main(config: DictConfig) -> float | tuple[float, ...]:
 
     torch.manual_seed(config.seed)
     with catch_warnings(record=True) as told:  # of files left out
-        data = instantiate(config.data).to(device)
+        data = build(config, "data", ImageData).to(device)
     for sentence in dict.fromkeys(str(warning.message) for warning in told):
         display.warn(sentence)
     batches = Batches(data, config.batch_size, config.seed)
-    with values_of_the_user():
-        model = instantiate(config.model)(
-            image_channels=data.channels,
-            image_size=data.size,
-            classes=len(data.classes),
-            solver=solver,
-            gradient=gradient,
-        ).to(device)
+    model: Any = build_model(
+        config,
+        image_channels=data.channels,
+        image_size=data.size,
+        classes=len(data.classes),
+        solver=solver,
+        gradient=gradient,
+    ).to(device)
     optimizer = make_optimizer(model.parameters())
 
     energy = EnergyMeter(energy_options, device, warn=display.warn)

@@ -28,11 +28,16 @@ from hydra.errors import (
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import GrammarParseError, InterpolationResolutionError, UnsupportedInterpolationType
+from omegaconf.errors import (
+    GrammarParseError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+    UnsupportedInterpolationType,
+)
 
-from deq import checkpoint, metrics, sweep, tracking
+from deq import checkpoint, composed, metrics, sweep, tracking
 from deq.arguments import Names, arranged, quoted, typed
-from deq.errors import UserError, first_line, in_yaml, in_yaml_too
+from deq.errors import UserError, first_line, in_yaml, in_yaml_too, values_of_the_user
 from deq.files import shown
 from deq.interrupt import Interrupted
 from deq.solvers import Solver
@@ -73,12 +78,13 @@ def launch(task: Task, conf: Path) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes exceptions on to this function as they are
 
     try:
-        sys.argv[1:], shows = arranged(sweep.resumed_arguments(sys.argv[1:]), conf)
+        sys.argv[1:], shows, part = arranged(sweep.resumed_arguments(sys.argv[1:]), conf)
     except UserError as error:
         if full_error:
             raise
         end(str(error))
     sweep.register()
+    composed.install(part)
     jobs: list[Path] = []  # folders of the jobs begun
     failed: list[str] = []  # numbers of the jobs of a sweep that failed
 
@@ -107,6 +113,7 @@ def launch(task: Task, conf: Path) -> None:
                 raise
             end(sentence)
         finally:
+            _remove_hydras(folder, about)
             _remove_if_empty(folder, alone=about.mode == RunMode.MULTIRUN and bool(failed))
 
     try:
@@ -126,8 +133,14 @@ def launch(task: Task, conf: Path) -> None:
         sys.exit(error.status)
     except Exception as error:
         sentence = None if full_error else _explain(error, conf)
+        config = composed.Loader.latest
         if isinstance(error, OSError) and error.filename and not jobs and not full_error:  # Hydra makes that folder
-            sentence = f"the run folder {error.filename} cannot be made ({error.strerror}); give another hydra.run.dir"
+            kind = "sweep" if config.hydra.mode == RunMode.MULTIRUN else "run"
+            sentence = (
+                f"the {kind} folder {error.filename} cannot be made ({error.strerror}); give another hydra.{kind}.dir"
+            )
+        if config is not None:
+            _remove_made(config)
         if "--shell-completion" in sys.argv or "-sc" in sys.argv:  # which raises anything, and has no words
             sentence = f"--shell-completion: {first_line(error)}; `python train.py --hydra-help` says how"
         if sentence is None:
@@ -370,9 +383,35 @@ def build(config: DictConfig, node: str, kind: type[Any]) -> Any:
     made = instantiate(config[node])
     if not isinstance(made, kind):
         raise UserError(
-            f"{node}._target_ must make a {kind.__name__}, got a {type(made).__name__}; leave it out for the default"
+            f"{node}._target_ must make {_article(kind)}, got {_article(type(made))}; leave it out for the default"
         )
     return made
+
+
+def _article(kind: type) -> str:
+    return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
+
+
+def build_model(config: DictConfig, **given: Any) -> torch.nn.Module:
+    """What ``model`` describes. given: what train.py itself gives it.
+
+    Raises:
+        UserError: a value that it does not take, or a ``_target_`` of the user's that makes something else.
+    """
+    try:
+        with values_of_the_user():
+            made = instantiate(config.model)(**given)
+    except TypeError as error:
+        raise UserError(_cannot_take("model", error)) from error
+    if not isinstance(made, torch.nn.Module):
+        raise UserError(
+            f"model._target_ must make a torch.nn.Module, got {_article(type(made))}; leave it out for the default"
+        )
+    return made
+
+
+def _cannot_take(node: str, error: TypeError) -> str:
+    return f"{node}._target_ cannot take the knobs of {node} ({first_line(error)}); leave it out for the default"
 
 
 def pick_device(name: Any) -> torch.device:
@@ -491,6 +530,29 @@ def _remove_if_empty(folder: Path, beside: Collection[str] = (), *, alone: bool 
             parent.rmdir()
 
 
+def _remove_hydras(folder: Path, about: Any) -> None:
+    """Take away Hydra's own notes in the folder of a run, where there is nothing else: that run never began."""
+    notes, log = folder / str(about.output_subdir), folder / f"{about.job.name}.log"
+    with contextlib.suppress(OSError):
+        if {*folder.iterdir()} <= {notes, log}:
+            log.unlink(missing_ok=True)
+            for name in ("config.yaml", "hydra.yaml", "overrides.yaml"):
+                (notes / name).unlink(missing_ok=True)
+            notes.rmdir()
+
+
+def _remove_made(config: DictConfig) -> None:
+    """Take away the folder that Hydra made for a run, or for a sweep, before it could not begin it."""
+    about: Any = config.hydra
+    swept = about.mode == RunMode.MULTIRUN
+    with contextlib.suppress(OmegaConfBaseException):  # it has no name, and was not made
+        if not OmegaConf.is_missing(about.runtime, "output_dir"):
+            _remove_hydras(Path(about.runtime.output_dir), about)
+            _remove_if_empty(Path(about.runtime.output_dir), alone=swept)
+        if swept:
+            _remove_if_empty(Path(about.sweep.dir).absolute(), beside=(sweep.HYDRAS_OWN, sweep.FILE))
+
+
 def _explain(error: BaseException, conf: Path) -> str | None:
     """One sentence about a user's mistake, or None if the error is none."""
     if isinstance(error, InstantiationException):
@@ -510,7 +572,7 @@ def _explain(error: BaseException, conf: Path) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, ConfigCompositionException):
-        return _explain_composition(error, conf)
+        return _explain_composition(error)
     unknown = re.match(r"Interpolation key '([^']+)' not found", str(error))
     if unknown:
         return Names(conf).missing(unknown.group(1))
@@ -518,7 +580,15 @@ def _explain(error: BaseException, conf: Path) -> str | None:
         error, HydraException | InterpolationResolutionError | UnsupportedInterpolationType | GrammarParseError
     ):
         return first_line(error)
+    plugin = re.match(r"(?:Invalid plugin|Unknown plugin class :) '([^']+)'", str(error))
+    if plugin:
+        return f"{plugin[1]} is no plugin of Hydra's; write hydra/launcher=OPTION or hydra/sweeper=OPTION to choose one"
     for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "configure_log":
+            reason = first_line(error.__cause__ or error)
+            return f"hydra.job_logging or hydra.hydra_logging cannot be used ({reason}); leave it out for the default"
+        if str(frame.f_globals.get("__name__")).startswith("optuna."):
+            return f"hydra.sweeper cannot be used ({first_line(error)}); mend it, such as hydra.sweeper.storage"
         if frame.f_code.co_name == "_apply_overrides_to_config":  # OmegaConf fails, of whatever kind, at one of them
             line = frame.f_locals["override"].input_line
             return (
@@ -527,7 +597,7 @@ def _explain(error: BaseException, conf: Path) -> str | None:
     return None
 
 
-def _explain_composition(error: ConfigCompositionException, conf: Path) -> str:
+def _explain_composition(error: ConfigCompositionException) -> str:
     """One sentence about overrides that do not go together with the config files."""
     text = str(error) or first_line(error.__cause__ or error)
     several = re.match(r"(Ambiguous value for argument|Sweep parameters) '([^=]+)=(.*)'", text)
@@ -535,9 +605,6 @@ def _explain_composition(error: ConfigCompositionException, conf: Path) -> str:
         how, knob, values = several.groups()
         listed = f", or write {knob}=[{values}] for a list or {typed(knob, values)} for a text"
         return f"{knob}={values} has several values: add -m for a sweep over them{listed if how[0] == 'A' else ''}"
-    unknown = re.match(r"Could not override '?([\w.@/]+)'?", text)
-    if unknown:
-        return Names(conf).missing(unknown.group(1))
     there = re.match(
         r"Could not append to config. An item is already at '(?P<item>[^']+)'"
         r"|Multiple values for (?P<group>[\w/@]+)\."
@@ -575,6 +642,8 @@ def _explain_instantiation(error: InstantiationException, conf: Path) -> str | N
     unknown = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
     if unknown and node:
         return Names(conf).missing(f"{node}.{unknown.group(1)}")
+    if isinstance(cause, TypeError) and node:
+        return _cannot_take(node, cause)
     return in_yaml_too(f"adjoint: {cause}" if node == "adjoint" else str(cause))
 
 

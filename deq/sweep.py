@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import re
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -23,10 +24,10 @@ from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from deq.arguments import quoted
-from deq.errors import UserError
+from deq.errors import UserError, in_yaml
 from deq.files import shown, write_atomically
 
 FILE = "sweep.json"
@@ -66,9 +67,14 @@ class GridSweeper(Sweeper):
                 raise ValueError(
                     f"hydra.sweeper.{name} must be knobs with their values, such as {example}, got {given}"
                 )
-        self.max_batch_size = max_batch_size
-        self.params = {key: str(value) for key, value in (params or {}).items()}
-        self.grids = [{key: str(value) for key, value in grid.items()} for grid in grids or ()]
+        size = max_batch_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(
+                f"hydra.sweeper.max_batch_size must be an integer of at least 1 or null, got {in_yaml(size)}"
+            )
+        self.max_batch_size = size
+        self.params = _as_typed(params or {})
+        self.grids = [_as_typed(grid) for grid in grids or ()]
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra before :meth:`sweep`."""
@@ -154,6 +160,44 @@ def jobs_of(grids: Sequence[Grid], params: Grid, arguments: Sequence[str], parse
         order = {seed: number for number, seed in enumerate(seeds)}
         jobs.sort(key=lambda job: max((order[one] for one in job if one in order), default=0))
     return jobs
+
+
+def refuse_bad_tuner(sweeper: Any) -> None:
+    """
+    Raises:
+        UserError: Optuna would fail at a value, with a folder or without words.
+    """
+    if not isinstance(sweeper, DictConfig) or not str(sweeper.get("_target_")).endswith(".OptunaSweeper"):
+        return
+    for knob in ("n_trials", "n_jobs"):
+        if not sweeper[knob] >= 1:
+            raise UserError(f"hydra.sweeper.{knob} must be an integer of at least 1, got {sweeper[knob]}")
+    rate = sweeper.max_failure_rate
+    if not 0 <= rate <= 1:
+        raise UserError(f"hydra.sweeper.max_failure_rate must be a number from 0 to 1, got {rate}")
+    directions = sweeper.direction if isinstance(sweeper.direction, ListConfig) else [sweeper.direction]
+    for one in directions or [None]:
+        if getattr(one, "name", one) not in ("maximize", "minimize"):
+            raise UserError(
+                f"hydra.sweeper.direction must be maximize or minimize, or a list of such, got {in_yaml(one)}"
+            )
+    storage = sweeper.storage
+    if storage is not None and not re.match(r"[a-z][\w+]*://", str(storage)):
+        raise UserError(
+            f"hydra.sweeper.storage must be the URL of a database, such as sqlite:///tune.db, or null, got "
+            f"{in_yaml(storage)}"
+        )
+
+
+def _as_typed(grid: Mapping[str, Any]) -> Grid:
+    """The values of a config file as Hydra writes them: a null there is no text ``None``."""
+    plain = OmegaConf.to_container(grid) if isinstance(grid, DictConfig) else dict(grid)
+    assert isinstance(plain, dict)
+    # A text may stand for several values, and is left as it is. YAML's spelling of the rest is Hydra's, too.
+    return {str(key): value if isinstance(value, str) else _IN_HYDRA(value) for key, value in plain.items()}
+
+
+_IN_HYDRA = Override._get_value_element_as_str
 
 
 def _parsed(grid: Grid, parser: OverridesParser) -> dict[str, list[str]]:

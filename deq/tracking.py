@@ -49,6 +49,7 @@ _WANDB_MODES = {
 """What W&B takes in WANDB_MODE → what that is here."""
 
 _PROJECT = "anderson-deq"
+_DAY = 86400
 _NOT_USED = {
     "console": "W&B does not record this program's terminal",
     "silent": "W&B prints nothing on this program's terminal",
@@ -82,7 +83,7 @@ class WandbOptions:
         group: W&B group; None takes WANDB_RUN_GROUP, or else the sweep's folder in a multirun.
         name: W&B's display name; None takes WANDB_NAME, or else the run folder's name.
         tags: W&B tags, beside those of the run, which are its data, model and solver; None takes WANDB_TAGS.
-        timeout: seconds that any one call to W&B may take, at least 1.
+        timeout: seconds that any one call to W&B may take, from 1 to 86400.
     """
 
     project: str | None = None
@@ -98,8 +99,10 @@ class WandbOptions:
         timeout = self.timeout
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 1:
             raise UserError(f"logger.timeout must be a number of at least 1, in seconds, got {in_yaml(timeout)}")
+        if timeout > _DAY:
+            raise UserError(f"logger.timeout must be at most {_DAY} seconds, which is a day, got {timeout}")
         project = self.project
-        if project is not None and (not isinstance(project, str) or not project):
+        if project is not None and (not isinstance(project, str) or not project.strip()):
             raise UserError(f"logger.project must be a text, such as anderson-deq, got {in_yaml(project)}")
         if project is not None and (len(project) > 128 or set(project) & set("/\\#?%:")):
             raise UserError(rf"logger.project must have at most 128 characters, none of / \ # ? % :, got {project!r}")
@@ -109,11 +112,16 @@ class WandbOptions:
                 raise UserError(
                     f"logger.{knob} must be a text or null, got {in_yaml(value)}; quote it: logger.{knob}='\"{value}\"'"
                 )
+            if value is not None and not value.strip():
+                raise UserError(f"logger.{knob} must be a text or null, got {value!r}; leave it out for the default")
         if self.tags is None:
             return
         if isinstance(self.tags, str) or not isinstance(self.tags, Sequence):
             raise UserError(f"logger.tags must be a list, such as [first,second], got {in_yaml(self.tags)}")
+        tag: Any  # whatever the command line has
         for tag in self.tags:
+            if isinstance(tag, bool) or not isinstance(tag, str | int | float):
+                raise UserError(f"each of logger.tags must be a text, such as first, got {in_yaml(tag)}")
             if not 1 <= len(str(tag).strip()) <= 64:
                 raise UserError(f"each of logger.tags must have 1 to 64 characters, got {str(tag)!r}")
 

@@ -35,7 +35,7 @@ class Split:
         if size is None or size == len(self):
             return self
         classes = int(self.labels.max()) + 1
-        if not isinstance(size, int) or not classes <= size <= len(self):
+        if isinstance(size, bool) or not isinstance(size, int) or not classes <= size <= len(self):
             raise UserError(
                 f"{name} must be an integer from {classes} to {len(self)}, or null for all, got {in_yaml(size)}"
             )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from deq.errors import UserError, first_line
@@ -18,24 +20,28 @@ _EIGHT_BIT = {"1", "L", "La", "LA", "P", "PA", "RGB", "RGBa", "RGBA", "CMYK", "Y
 _SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N"}
 _NUMBERS = {"I": "32-bit integers", "F": "floating-point numbers"}
 
+_SCALES = {"L;2": 85, "L;4": 17}
+"""How a PNG packs grey pixels of fewer than 8 bits → what Pillow multiplies them with, but not the key."""
+
 # TIFF's tags.
 _BITS, _PHOTOMETRIC, _CHANNELS, _SAMPLE_FORMAT = 258, 262, 277, 339
 _WHITE_IS_ZERO = 0
 _SAMPLE_FORMATS = {2: "signed integers", 3: "floating-point numbers"}
 
 
-def read(path: Path, size: int | None) -> Pixels:
+def read(path: Path, size: int | None, greatest: list[int] | None = None) -> Pixels:
     """The image in a file, upright, black 0 and white 255: (H, W, 3) uint8.
 
     Args:
         size: scale the shorter side to this many pixels and cut out the centre square; None leaves the image as it is.
+        greatest: takes the greatest value of an image of 16 bits a pixel.
 
     Raises:
         UserError: not a readable image, or one of which RGB pixels would be a guess.
     """
     try:
         with Image.open(path) as image:
-            return np.asarray(_fitted(_rgb(image, path), size))
+            return np.asarray(_fitted(_rgb(image, path, greatest), size))
     except UserError:
         raise
     except Exception as error:  # Pillow's formats raise OSError, SyntaxError, ValueError, struct.error and more
@@ -48,13 +54,17 @@ def _reason(path: Path, error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 
 
-def _rgb(image: Image.Image, path: Path) -> Image.Image:
+def _rgb(image: Image.Image, path: Path, greatest: list[int] | None = None) -> Image.Image:
     """The opened image in mode RGB, turned as its camera was held."""
     _refuse_a_guess(image, path)
-    ImageOps.exif_transpose(image, in_place=True)
+    image.load()
+    with contextlib.suppress(Exception):  # a note on the camera that is broken, beside pixels that are not
+        ImageOps.exif_transpose(image, in_place=True)
     white = _white(image)
     if white is not None:
         values = np.asarray(image).astype(np.uint32)
+        if greatest is not None and white == 65535:
+            greatest.append(int(values.max()))
         image = Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8))
     return (_with_alpha(image) if image.has_transparency_data else image).convert("RGB")
 
@@ -106,8 +116,13 @@ def _transparent(image: Image.Image) -> bool:
     """Whether any pixel is not opaque. An alpha channel that is opaque everywhere says nothing and is dropped."""
     if not image.has_transparency_data:
         return False
+    scale = (
+        _SCALES.get(str(image.tile[0][3]), 1) if isinstance(image, PngImageFile) and image.tile else 1
+    )  # gone when loaded
     image.load()
     key = image.info.get("transparency")  # the value or colour that stands for nothing, or each palette entry's alpha
+    if image.mode in ("1", "L") and isinstance(key, int):
+        return bool((np.asarray(image.convert("L")) == (key * scale if image.mode == "L" else bool(key) * 255)).any())
     if _white(image) is not None:
         return bool((np.asarray(image) == key).any())  # Pillow compares only 8 of the 16 bits
     if isinstance(key, tuple) and max(key) > 255:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import socket
 import warnings
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from deq.errors import UserError, first_line, in_yaml
 
 _DOWNLOAD_TIMEOUT_S = 30
 _CACHE_FORMAT = 2
+_TWELVE_BITS = 4095
 
 
 def digits(augment: str = "none", train_size: int | None = None, test_size: int | None = None) -> ImageData:
@@ -153,8 +156,21 @@ def _decode(listing: Listing, image_size: int | None) -> Pixels:
         UserError: an image that cannot be used, with how many more there are; or images of several sizes.
     """
     paths = [sample.path for sample in listing.samples]
+    greatest: list[int] = []  # values of the images of 16 bits
+    needed, memory = 2 * len(paths) * 3 * (image_size or 0) ** 2, _memory()  # each image, and all of them in one piece
+    if needed > memory:
+        raise UserError(
+            f"data.image_size={image_size} needs {needed / 1e9:,.0f} GB for the {len(paths)} images of "
+            f"{listing.folder}, and this machine has {memory / 1e9:,.0f} GB of memory; give a smaller one"
+        )
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        found = list(pool.map(lambda path: _read(path, image_size), paths))
+        found = list(pool.map(lambda path: _read(path, image_size, greatest), paths))
+    if greatest and max(greatest) <= _TWELVE_BITS:
+        warnings.warn(
+            f"no 16-bit image of {listing.folder} has a value above {max(greatest)} of 65535, so they are read as "
+            f"nearly black; where they hold fewer bits, such as 12, multiply their values up to 65535",
+            stacklevel=2,
+        )
     images = [one for one in found if not isinstance(one, UserError)]
     refused = [one for one in found if isinstance(one, UserError)]
     if refused:
@@ -173,11 +189,19 @@ def _decode(listing: Listing, image_size: int | None) -> Pixels:
     return np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
 
 
-def _read(path: Path, image_size: int | None) -> Pixels | UserError:
+def _read(path: Path, image_size: int | None, greatest: list[int]) -> Pixels | UserError:
     try:
-        return picture.read(path, image_size)
+        return picture.read(path, image_size, greatest)
     except UserError as error:
         return error
+
+
+def _memory() -> float:
+    """Bytes of the machine's memory; infinite where that is not told."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):  # Windows, among others
+        return math.inf
 
 
 def _pixels(split: Split) -> str:

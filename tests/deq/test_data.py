@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import os
 import pickle
 import struct
@@ -118,9 +119,9 @@ def test_a_share_is_class_stratified_fixed_and_of_the_stated_size() -> None:
     assert torch.equal(data.train.images, digits(train_size=500).train.images)
 
 
-@pytest.mark.parametrize("size", [5, 1438, 0.5])
+@pytest.mark.parametrize("size", [5, 1438, 0.5, True])
 def test_an_impossible_share_is_refused_with_its_limits(size: Any) -> None:
-    with pytest.raises(UserError, match=f"train_size must be an integer from 10 to 1437, or null for all, got {size}"):
+    with pytest.raises(UserError, match=f"an integer from 10 to 1437, or null for all, got {str(size).lower()}"):
         digits(train_size=size)
 
 
@@ -183,7 +184,7 @@ def test_image_folder_decodes_once_and_again_after_a_change(tmp_path: Path, monk
     root, cache = folder_of_images(tmp_path / "images"), str(tmp_path / "cache")
     decoded: list[Path] = []
     read = sources._read
-    monkeypatch.setattr(sources, "_read", lambda path, size: (decoded.append(path), read(path, size))[1])
+    monkeypatch.setattr(sources, "_read", lambda path, *how: (decoded.append(path), read(path, *how))[1])
     first = image_folder(str(root), cache)
     assert len(decoded) == 10
     assert torch.equal(image_folder(str(root), cache).train.images, first.train.images)
@@ -351,6 +352,46 @@ def test_pixels_that_would_be_a_guess_are_refused_by_name(tmp_path: Path, guess:
 def test_a_key_that_no_sixteen_bit_pixel_has_is_no_transparency(tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(png(16, 0, struct.pack(">H", 39 * 257), struct.pack(">H", 39 * 257 + 1)))
     assert picture.read(tmp_path / "image", None).tolist() == [[[39, 39, 39]]]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_a_key_of_few_bits_counts_where_a_pixel_has_it(tmp_path: Path, depth: int) -> None:
+    for value, key in itertools.product((0, 1), repeat=2):
+        (tmp_path / "image").write_bytes(png(depth, 0, bytes([value << 8 - depth]), struct.pack(">H", key)))
+        if value == key:
+            with pytest.raises(UserError, match=TRANSPARENT):
+                picture.read(tmp_path / "image", None)
+        else:
+            assert picture.read(tmp_path / "image", None)[0, 0, 0] == value * 255 // (2**depth - 1)
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_sixteen_bits_that_hold_only_twelve_are_told_once_a_folder(tmp_path: Path, kind: str) -> None:
+    root = folder_of_images(tmp_path / "images")
+    for file in (root / "train").glob("*/*.png"):
+        Image.fromarray(np.full((8, 8), 4000 + int(file.stem), np.uint16)).save(file.with_suffix(f".{kind}"))
+        if kind != "png":
+            file.unlink()
+    assert read_and_told(root)[1] == [
+        f"no 16-bit image of {root / 'train'} has a value above 4002 of 65535, so they are read as nearly black; where "
+        "they hold fewer bits, such as 12, multiply their values up to 65535"
+    ]
+    Image.fromarray(np.full((8, 8), 4096, np.uint16)).save(root / "train" / "cat" / f"3.{kind}")
+    assert read_and_told(root)[1] == []
+
+
+def test_a_note_on_the_camera_that_is_broken_hides_no_pixels(tmp_path: Path) -> None:
+    image = png(8, 0, b"\x07", b"")
+    broken = struct.pack(">I", 4) + b"eXIfnope" + struct.pack(">I", zlib.crc32(b"eXIfnope"))
+    (tmp_path / "image").write_bytes(image.replace(struct.pack(">I", 0) + b"tRNS" + image[41:45], broken))
+    assert b"eXIf" in (tmp_path / "image").read_bytes()
+    assert picture.read(tmp_path / "image", None).tolist() == [[[7, 7, 7]]]
+
+
+def test_a_size_that_no_memory_holds_is_refused_before_it_is_tried(tmp_path: Path) -> None:
+    told = refusal(folder_of_images(tmp_path / "images"), image_size=1_000_000)
+    assert told.startswith(f"data.image_size=1000000 needs 36,000 GB for the 6 images of {tmp_path}/images/train, and")
+    assert told.endswith("GB of memory; give a smaller one")
 
 
 def test_a_cameras_jpeg_with_previews_behind_it_is_its_picture(tmp_path: Path) -> None:

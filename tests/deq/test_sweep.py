@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from deq.errors import UserError
-from deq.sweep import jobs_of, resumed_arguments
+from deq.sweep import GridSweeper, jobs_of, resumed_arguments
 from tests.test_train import ENVIRONMENT, ROOT, TINY, train
 
 PARSER = OverridesParser.create()
@@ -68,6 +68,21 @@ def test_the_command_line_goes_before_the_grids() -> None:
         "seed=0 solver=forward tol=0.001",
     ]
     assert jobs("seed=3", grids=[], params={"seed": "0,1", "beta": "0.5,1"}) == ["beta=0.5 seed=3", "beta=1 seed=3"]
+
+
+def test_values_of_a_config_file_are_those_of_the_command_line() -> None:
+    sweeper = GridSweeper(params={"max_steps": None, "compact": True}, grids=[{"a": [None, 2], "b": "1,2", "c": False}])
+    assert jobs_of(sweeper.grids, sweeper.params, [], PARSER) == [
+        ["max_steps=null", "compact=True", "a=[null,2]", f"b={b}", "c=False"] for b in (1, 2)
+    ]
+    made = GridSweeper(grids=OmegaConf.create([{"max_steps": None, "tol": 1e-3}]))  # type: ignore[arg-type]
+    assert made.grids == [{"max_steps": "null", "tol": "0.001"}]
+
+
+@pytest.mark.parametrize(("size", "words"), [(-1, "-1"), (0, "0"), ("abc", "'abc'"), (True, "true"), (1.5, "1.5")])
+def test_a_batch_of_no_jobs_is_refused(size: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=f"max_batch_size must be an integer of at least 1 or null, got {words}"):
+        GridSweeper(max_batch_size=size)
 
 
 def test_a_value_without_a_grid_where_others_have_one_is_refused() -> None:

@@ -242,6 +242,15 @@ def test_bad_options_are_refused() -> None:
         WandbOptions(mode="of")
     with pytest.raises(UserError, match=r"logger.timeout must be a number of at least 1, in seconds, got 0"):
         WandbOptions(timeout=0)
+    for much in (86401, 1e10, float("inf")):
+        with pytest.raises(UserError, match=rf"timeout must be at most 86400 seconds, which is a day, got {much}"):
+            WandbOptions(timeout=much)
+    for knob in ("project", "name", "group"):
+        with pytest.raises(UserError, match=rf"logger.{knob} must be a text.*, got ' '"):
+            WandbOptions(**{knob: " "})
+    for tag, words in ((None, "null"), (["a"], r"\['a'\]"), (True, "true")):
+        with pytest.raises(UserError, match=f"each of logger.tags must be a text, such as first, got {words}"):
+            WandbOptions(tags=["first", tag])
     with pytest.raises(UserError, match=r"logger.project must have at most 128 characters, none of / .*, got 'a/b'"):
         WandbOptions(project="a/b")
     with pytest.raises(UserError, match=r"each of logger.tags must have 1 to 64 characters, got ''"):

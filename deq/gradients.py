@@ -31,7 +31,7 @@ from torch import Tensor
 from deq.solvers.base import Solution, Solver
 from deq.solvers.map import FixedPointMap, Restrict
 from deq.solvers.scaling import power_of_two_of_batch
-from kernels.tracing import refuse_transforms
+from kernels.tracing import refuse_batched_gradients
 
 __all__ = ["Backward", "Gradient", "Implicit", "JacobianFree", "Phantom", "Unrolled", "Unrolling"]
 
@@ -344,7 +344,7 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         _refuse_second_derivatives()
-        refuse_transforms("the backward solve of a DEQ layer", grads[0])
+        refuse_batched_gradients("the backward solve of a DEQ layer", grads[0])
         f_star, z = ctx.saved_tensors
         layer: Backward = ctx.layer
         # One for all samples: a factor for each would not pass J^T where samples see each other.

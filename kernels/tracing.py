@@ -100,18 +100,23 @@ _WITHOUT_DATA = ("FakeTensor", "FunctionalTensor")
 
 
 def refuse_transforms(what: str, *tensors: Tensor) -> None:
-    """The same for ``torch.func`` transforms, gradients by the batch, and dual numbers."""
+    """The same for ``torch.func`` transforms and dual numbers alone: little work, for every evaluation."""
     inside = _functorch.peek_interpreter_stack()
     if inside is not None:
         name, instead = _INSTEAD.get(inside.key().name, _INSTEAD["Grad"])
         raise NotImplementedError(f"{what} does not work inside {name}: {instead}")
-    if any(_functorch.is_legacy_batchedtensor(tensor) for tensor in tensors):
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(f"{what} does not carry the tangents of forward mode (dual numbers): {_BACKWARDS}")
+
+
+def refuse_batched_gradients(what: str, gradient: Tensor) -> None:
+    """The same for a gradient that is one of a batch of them."""
+    refuse_transforms(what, gradient)
+    if _functorch.is_legacy_batchedtensor(gradient):
         raise NotImplementedError(
             f"{what} takes no gradients by the batch (vectorize=True, is_grads_batched=True): leave that out, and ask "
             "for one gradient after the other"
         )
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError(f"{what} does not carry the tangents of forward mode (dual numbers): {_BACKWARDS}")
 
 
 _functorch: Any = torch._C._functorch

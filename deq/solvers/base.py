@@ -405,15 +405,18 @@ class Solver(ABC):
         found = verify(self, found, log.look_again(z))
         return replace(found, checks=log.checks, sample_evaluations=log.sample_evaluations)
 
-    def account(self, iteration: Iteration, z: Tensor, residual: Tensor, log: Log) -> Solution:
+    def account(
+        self, iteration: Iteration, z: Tensor, residual: Tensor, log: Log, *, everybody: bool = False
+    ) -> Solution:
         """The solution at the end of an iteration, whose own tensors may be written to afterwards.
 
-        z, residual: (B, d) and (B,), what is returned.
+        z, residual: (B, d) and (B,), what is returned. everybody: whether all samples met the stopping test.
         """
         converged = residual <= self.tol
         outcome = iteration.outcome.clone()
         # Without indexing by a mask, for which the host would have to wait.
-        outcome.masked_fill_((outcome == Outcome.MAX_ITER) & (iteration.stalled >= PATIENCE), Outcome.STAGNATED)
+        if not everybody:
+            outcome.masked_fill_((outcome == Outcome.MAX_ITER) & (iteration.stalled >= PATIENCE), Outcome.STAGNATED)
         # A sample that was at its tolerance once, and is not in the batch that is returned.
         outcome.masked_fill_(outcome == Outcome.CONVERGED, Outcome.MAX_ITER)
         outcome.masked_fill_(converged, Outcome.CONVERGED)
@@ -483,9 +486,8 @@ class Books:
         residual = torch.where(active, residual, self.residual[part])
         self.residual[part] = residual
         lowest, stalled = track_progress(residual, self.lowest[part], self.stalled[part])
-        # So does a sample on its way to zero, whose relative residual stays.
-        shrinks = size < PROGRESS * self._size[part]
-        stalled.masked_fill_(shrinks, 0)
+        # A sample on its way to zero makes progress, too, though its relative residual stays.
+        stalled.masked_fill_(size < PROGRESS * self._size[part], 0)
         self._size[part] = torch.where(stalled == 0, size, self._size[part])
         self.lowest[part], self.stalled[part] = lowest, stalled
         # Few operations: where f is cheap, each of them is felt.

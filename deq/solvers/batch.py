@@ -124,13 +124,13 @@ class Look:
         outcome, told = iteration.outcome, iteration.residual
         now = residual_norm(x, fx, floor=solver.floor)
         unchanged = (now - told).abs() <= max(_ROUNDING * torch.finfo(now.dtype).eps, solver.rounding) * told
+        residual = torch.where(unchanged | (outcome == 0), told, now)
+        if solver.stop == "mean":  # all stop together, and anybody may be told converged at the end
+            whole = (outcome == Outcome.MEAN_MET).all()
+            return Look(residual, whole, torch.ones_like(whole), torch.zeros_like(whole))
         converged = outcome == Outcome.CONVERGED
-        lost = converged & ~unchanged & ~(now <= _clear(solver, x))
-        stands = converged | (outcome == Outcome.MEAN_MET)
-        # Under the mean test nobody is frozen at tol, but may be told converged at the end.
-        someone = converged.any() | (solver.stop == "mean")
-        residual = torch.where((outcome != 0) & ~unchanged, now, told)
-        return Look(residual, stands.all(), someone, lost.any())
+        lost = converged & ~(now <= _clear(solver, x))
+        return Look(residual, converged.all(), converged.any(), lost.any())
 
     def read(self) -> list[bool]:
         """whole, told and lost. Waits for the device, as :class:`~deq.solvers.base.MovingSamples` does."""
@@ -146,7 +146,7 @@ class Look:
 
 def _clear(solver: Solver, x: Tensor) -> float:
     """A residual above this is above tol, and not by the rounding of f."""
-    return solver.tol * (1 + _NOISE) + _ROUNDING * torch.finfo(x.dtype).eps
+    return solver.tol * (1 + max(_NOISE, solver.rounding)) + _ROUNDING * torch.finfo(x.dtype).eps
 
 
 def conclude(
@@ -164,7 +164,8 @@ def conclude(
     samples stand still, at x.
     """
     look = look or Look.at(solver, iteration, x, fx)
-    whole, told, lost = look.read()
+    everybody, told, lost = look.read()
+    whole = everybody
     z, residual, before = x, look.residual, x if evaluated is None else evaluated
     if not whole:
         z, best_residual = iteration.best(x.clone())
@@ -184,7 +185,7 @@ def conclude(
             lost = bool(((iteration.outcome == Outcome.CONVERGED) & ~(residual <= _clear(solver, z))).any())
     if lost and log.verified and log.again and log.evaluations < solver.max_iter:
         return _solve_together(solver, iteration, z, fx, residual, log)
-    return solver.account(iteration, z, residual, log)
+    return solver.account(iteration, z, residual, log, everybody=everybody)
 
 
 def verify(solver: Solver, solution: Solution, fz: Tensor) -> Solution:

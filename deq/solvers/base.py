@@ -512,7 +512,7 @@ class Books:
             tensor.zero_()
 
 
-_FIRST_LOOK = 10
+_FIRST_LOOK = 20
 """Evaluations after which samples that stand still are looked at while others go on, and again after twice as many."""
 
 _COMPACT_AT = 0.75

@@ -104,9 +104,6 @@ class Implicit(Gradient):
     Args:
         solver: of the adjoint equation; default: the layer's own. Its ``atol`` is not used, having no unit there.
 
-    Raises:
-        ValueError: for a solver that is none.
-
     Source: Bai, Kolter & Koltun 2019, theorem 1.
 
     Example:
@@ -116,10 +113,6 @@ class Implicit(Gradient):
     """
 
     solver: Solver | None = None
-
-    def __post_init__(self) -> None:
-        if not (self.solver is None or isinstance(self.solver, Solver)):
-            raise ValueError(f"solver must be a solver such as Anderson(), got {self.solver!r}")
 
     def attach(self, f: FixedPointMap, z_star: Tensor, backward: Backward) -> Tensor:
         with torch.enable_grad():

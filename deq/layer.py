@@ -135,6 +135,9 @@ class DEQ(nn.Module):
             raise ValueError(f"solver must be a solver such as Anderson(), got {solver!r}")
         if not (gradient is None or isinstance(gradient, Gradient)):
             raise ValueError(f"gradient must be a gradient such as Implicit(), got {gradient!r}")
+        adjoint = gradient.solver if isinstance(gradient, Implicit) else None
+        if not (adjoint is None or isinstance(adjoint, Solver)):
+            raise ValueError(f"the solver of Implicit must be a solver such as Anderson(), got {adjoint!r}")
         self.coupled, self.shared, self.scale, self.aux = coupled, tuple(shared), scale, aux
         self._coordinates: dict[Hashable, Coordinates] = {}
         self.cell = cell

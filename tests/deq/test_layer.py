@@ -353,7 +353,7 @@ def test_a_start_of_one_row_for_many_samples_is_told_so() -> None:
         (lambda: DEQ(uneven, "anderson"), r"solver must be a solver such as Anderson\(\), got 'anderson'"),  # type: ignore[arg-type]
         (lambda: DEQ(uneven, Anderson), "solver must be a solver"),  # type: ignore[arg-type]
         (lambda: DEQ(uneven, None, Implicit), "gradient must be a gradient"),  # type: ignore[arg-type]
-        (lambda: Implicit(3), "solver must be a solver"),  # type: ignore[arg-type]
+        (lambda: DEQ(uneven, None, Implicit(3)), "the solver of Implicit must be a solver"),  # type: ignore[arg-type]
         (lambda: DEQ(uneven, aux=1), "aux must be true or false, got 1"),  # type: ignore[arg-type]
         (lambda: DEQ(uneven, shared=5), "shared must be a list of keys of x, got 5"),  # type: ignore[arg-type]
         (lambda: DEQ(uneven).equilibrium(torch.ones(2, 4), corrections=3), "corrections must be a list"),  # type: ignore[arg-type]

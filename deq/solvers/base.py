@@ -370,8 +370,8 @@ class Solver(ABC):
         left, look_at = len(z0), _FIRST_LOOK
         while True:
             fx = log.evaluate(x, part)
-            if log.evaluations == self.max_iter and index is None:
-                evaluated = x.clone()  # the step may write into it, and no other evaluation can follow
+            if log.evaluations == self.max_iter and index is None and (left < len(z0) or self.stop == "mean"):
+                evaluated = x.clone()  # the step may write into it
             last = x[-1:].clone() if self.compact else x  # where f of the last sample was taken
             x = iteration.step(x, fx, index)
             log.keep(iteration.residual, lambda: _put(x_all, x, index))  # noqa: B023

@@ -160,26 +160,27 @@ def conclude(
 ) -> Solution:
     """The solution of a batch that was evaluated as a whole.
 
-    x: (B, d), what the last step returned. fx, evaluated: (B, d), the last evaluation, and where it was; None if all
-    samples stand still, at x.
+    x: (B, d), what the last step returned. fx, evaluated: (B, d), the last evaluation, and where it was: x, if all
+    samples stand still; without it f may be evaluated once more than it need be.
     """
     look = look or Look.at(solver, iteration, x, fx)
     everybody, told, lost = look.read()
-    whole = everybody
-    z, residual, before = x, look.residual, x if evaluated is None else evaluated
-    if not whole:
+    z, residual = x, look.residual
+    if not told:
+        z, residual = iteration.best(x)
+    elif not everybody:
+        before = x if evaluated is None else evaluated
         z, best_residual = iteration.best(x.clone())
-        # Where the mean was met, the batch is what it was then.
-        met = iteration.outcome == Outcome.MEAN_MET
-        z, best_residual = torch.where(met[:, None], x, z), torch.where(met, look.residual, best_residual)
-        whole = bool(((z == before) | (z.isnan() & before.isnan())).all())
-        if not whole and not told:
-            residual = best_residual
-        elif not whole and not log.again:
+        if solver.stop == "mean":  # where the mean was met, the batch is what it was then
+            met = iteration.outcome == Outcome.MEAN_MET
+            z, best_residual = torch.where(met[:, None], x, z), torch.where(met, look.residual, best_residual)
+        if torch.equal(z, before):
+            pass  # this was an evaluation of the batch as it is returned
+        elif not log.again:
             z = before
-        elif not whole and not log.check:
+        elif not log.check:
             residual, log.verified = best_residual, False
-        elif not whole:
+        else:
             fx = log.look_again(z)
             residual = residual_norm(z, fx, floor=solver.floor)
             lost = bool(((iteration.outcome == Outcome.CONVERGED) & ~(residual <= _clear(solver, z))).any())

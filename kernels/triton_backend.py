@@ -365,19 +365,7 @@ def _weigh(
     outcome = tl.where(diverged, _DIVERGED, 0)
     outcome = tl.where((finite == 0) & (recovers == 0), _NON_FINITE, outcome)
     outcome = tl.where(converged, _CONVERGED, outcome)
-    return (
-        alpha,
-        longer,
-        residual,
-        row_residual,
-        outcome,
-        predicted,
-        relaxation,
-        lowest,
-        stalled,
-        held,
-        solved,
-    )
+    return alpha, longer, residual, row_residual, outcome, predicted, relaxation, lowest, stalled, held, solved
 
 
 @triton.jit

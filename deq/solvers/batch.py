@@ -71,7 +71,7 @@ class Log:
         self.evaluations += 1
         # From the second on, since masks that are held are drawn in the first.
         drawn = random_state(x.device) if self.evaluations == 2 else None
-        fx = self._at(x, f)
+        fx = self.ask(x, f)
         if drawn is not None and not torch.equal(drawn, random_state(x.device)):
             raise ValueError(
                 "f drew random numbers in its second evaluation, so that it is another map at every call and has no "
@@ -82,15 +82,12 @@ class Log:
     def look_again(self, z: Tensor) -> Tensor:
         """f at z, (n, d): a check, which is no step of the solve."""
         self.checks += 1
-        return self._at(z)
+        return self.ask(z)
 
-    def _at(self, x: Tensor, f: FixedPointMap | None = None) -> Tensor:
+    def ask(self, x: Tensor, f: FixedPointMap | None = None) -> Tensor:
+        """f, or another map, at x, (n, d), which counts for the samples alone."""
         self.sample_evaluations += len(x)
         return evaluate(f or self._f, x, (len(x), *self.shape[1:]), first=self.evaluations == 1)
-
-    def ask_alone(self, x: Tensor, f: FixedPointMap) -> Tensor:
-        """Another map for some samples, which is no evaluation of the batch."""
-        return self._at(x, f)
 
     def keep(self, residual: Tensor, x: Callable[[], Tensor]) -> None:
         """residual: (B,) of the evaluation; x: gives the next iterate, (B, d)."""
@@ -302,7 +299,7 @@ def hold_to_the_batch(log: Log, restrict: Restrict, last: Tensor, fx: Tensor, to
     number = len(fx) - 1
     expected, part = fx[number:].double(), restrict(torch.tensor([number], device=fx.device))
     try:
-        alone = log.ask_alone(last, part).double()
+        alone = log.ask(last, part).double()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

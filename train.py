@@ -2,7 +2,7 @@
 
 On two CPU cores the defaults reach 98.5 % of scikit-learn's handwritten digits in under a minute. Every knob and
 group is on one page: ``python train.py --help``. Hydra composes ``conf/`` into one config and makes the run's folder
-under ``runs/``; the loop is in ``deq/training.py``, the equilibrium layer in ``deq/layer.py``.
+under ``runs/``; the loop is in ``deq/training/trainer.py``, the equilibrium layer in ``deq/layer/layer.py``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from deq import checkpoint
-from deq.command import (
+from deq.cli.command import (
     build,
     build_model,
     claim,
@@ -39,19 +38,19 @@ from deq.command import (
     try_solvers,
     validate,
 )
-from deq.crossover import Crossover
 from deq.data import Batches, ImageData
-from deq.display import Display, described
-from deq.energy import EnergyMeter, EnergyOptions
-from deq.errors import UserError, first_line, values_of_the_user
-from deq.files import shown
-from deq.gradients import Gradient, Implicit
-from deq.interrupt import Interrupted
-from deq.probe import SpeedupProbe
+from deq.layer import Gradient, Implicit, StabilityLosses
+from deq.measure.crossover import Crossover
+from deq.measure.energy import EnergyMeter, EnergyOptions
+from deq.measure.probe import SpeedupProbe
+from deq.records.errors import UserError, first_line, values_of_the_user
+from deq.records.files import shown
+from deq.records.tracker import Tracker, WandbOptions
 from deq.solvers import Solver
-from deq.stability import StabilityLosses
-from deq.tracking import Tracker, WandbOptions
-from deq.training import Trainer, count_parameters
+from deq.training import checkpoint
+from deq.training.display import Display, described
+from deq.training.interrupt import Interrupted
+from deq.training.trainer import Trainer, count_parameters
 
 
 def main(config: DictConfig) -> float | tuple[float, ...]:

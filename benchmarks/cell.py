@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deq.data import Batches, ImageData, digits, image_folder
-from deq.gradients import Implicit
+from deq.layer import Implicit
 from deq.models import EquilibriumClassifier
 from deq.models.classifier import ResidualCell
 from deq.solvers import Anderson

@@ -23,8 +23,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import triton_backend
-from kernels.launch import Bytes, fused_dim, fused_options, fused_shape, mix_options, split_shape
+from deq.kernels import triton_backend
+from deq.kernels.launch import Bytes, fused_dim, fused_options, fused_shape, mix_options, split_shape
 
 WINDOWS = (2, 5, 10, 16)
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")

@@ -28,12 +28,12 @@ from torch.nn import functional
 from benchmarks.cell import first_batches, load_data
 from benchmarks.record import RESULTS, default_device, show_and_save, synchronize
 from deq.data import Batches
-from deq.energy import EnergyMeter, EnergyOptions, counters_of
-from deq.flops import CellFlops
-from deq.gradients import Implicit
+from deq.layer import Implicit
+from deq.measure.energy import EnergyMeter, EnergyOptions, counters_of
+from deq.measure.flops import CellFlops
 from deq.models import EquilibriumClassifier
 from deq.solvers import Anderson
-from deq.statistics import Sums
+from deq.training.statistics import Sums
 
 LOG_EVERY = 50
 """Steps between two rows, as conf/config.yaml has it."""
@@ -133,7 +133,7 @@ def main() -> None:
     assert isinstance(cell, nn.Module)
     count = median_of(lambda: CellFlops.of(cell, shape), 5)
     flops = CellFlops.of(cell, shape)
-    proxy = median_of(lambda: flops.train_tflop(sums, model.deq, model.deq.gradient), 50)
+    proxy = median_of(lambda: flops.train_tflop(sums.values(), model.deq, model.deq.gradient), 50)
     rows: list[list[object]] = [["one training step", f"{step * 1e3:.2f} ms", "", ""]]
 
     def add(what: str, seconds: float, steps: float, often: str) -> None:

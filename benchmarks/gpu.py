@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.record import device_name, folder_of
-from kernels import launch
+from deq.kernels import launch
 
 
 def parts(options: argparse.Namespace) -> dict[str, tuple[list[str], int]]:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.history --cell CELL.npz [CELL.npz ...]
 
-The update is written out here in plain PyTorch (float32 state, weights by ``kernels.naive`` in float64), so that forms
+The update is written out here in plain PyTorch (float32 state, weights by ``deq.kernels.naive`` in float64), so that forms
 the library does not have can be tried beside the one that it has:
 
 - ``residual rows``: g_i rounded, y_i not. ``AndersonWindow(history_dtype=torch.bfloat16)``.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.record import RESULTS, default_device, show_and_save
 from benchmarks.solve import Problem, affine_problem, cell_problems
-from kernels.naive import anderson_weights
+from deq.kernels.naive import anderson_weights
 
 FORMS: dict[str, Callable[[int], float]] = {
     "float32": lambda m: 2 * m + 4.0,

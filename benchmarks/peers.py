@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import residual_norm
+from deq.kernels import residual_norm
 
 FixedPointMap = Callable[[Tensor], Tensor]
 Solve = Callable[[FixedPointMap, Tensor, float, int, int], Tensor]

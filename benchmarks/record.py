@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from deq.machine import code_version, cores, processor_name
+from deq.records.machine import code_version, cores, processor_name
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -22,7 +22,7 @@ import torch
 from benchmarks.peers import installed
 from benchmarks.record import RESULTS, default_device, device_name, folder_of, seconds, show_and_save
 from benchmarks.update import Elementwise, copy_of, eager_update, seconds_repeated
-from kernels import AndersonWindow
+from deq.kernels import AndersonWindow
 
 WINDOWS = (2, 3, 5, 8, 10, 16)  # TorchDEQ has no window of 1
 OURS, FLOOR = "AndersonWindow.step", "copy floor"

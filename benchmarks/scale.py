@@ -20,8 +20,8 @@ from torch import Tensor
 from benchmarks.peers import Solve, installed
 from benchmarks.problems import Affine, affine
 from benchmarks.record import RESULTS, show_and_save
+from deq.kernels.naive import relative_residual
 from deq.solvers import Anderson, Forward, Solver
-from kernels.naive import relative_residual
 
 FACTORS = (1e-6, 1e-3, 1.0, 1e3, 1e6)
 

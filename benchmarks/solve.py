@@ -29,10 +29,10 @@ from benchmarks.cell import load_cell
 from benchmarks.peers import ON_A_GPU, PEERS, FixedPointMap, Solve, installed
 from benchmarks.problems import Affine, affine
 from benchmarks.record import RESULTS, default_device, folder_of, seconds, show_and_save, synchronize
+from deq.kernels import residual_norm
 from deq.solvers import Anderson, Forward, Solver
 from deq.solvers.captured import CapturedSolve, recorder_for
 from deq.solvers.map import Restrict
-from kernels import residual_norm
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.nn import functional
 from benchmarks.cell import first_batches, load_data
 from benchmarks.record import RESULTS, default_device, show_and_save, synchronize
 from deq.data import Batches
-from deq.gradients import Implicit
+from deq.layer import Implicit
 from deq.models import EquilibriumClassifier
 from deq.solvers import Anderson, Forward, Solver
 from deq.solvers.base import Stop

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.record import default_device, device_name, folder_of, seconds, show_and_save
-from kernels import AndersonWindow, launch
+from deq.kernels import AndersonWindow, launch
 
 GAIN = 0.97
 """A candidate must take at most this share of the rule's time to replace it: what is less is noise."""

@@ -28,11 +28,11 @@ from torch import Tensor
 
 from benchmarks.peers import ON_A_GPU, Solve, installed
 from benchmarks.record import RESULTS, default_device, seconds, show_and_save
+from deq.kernels import AndersonWindow
+from deq.kernels.history import ask_for_large_pages
 from deq.models.classifier import ResidualCell
 from deq.solvers import Anderson, Forward
 from deq.solvers.captured import CapturedSolve, recorder_for
-from kernels import AndersonWindow
-from kernels.history import ask_for_large_pages
 
 PEERS = {"torchdeq": "TorchDEQ anderson_solver", "aa": "SCS aa (type II)"}
 PEER_NAMES = (*PEERS, "jaxopt")

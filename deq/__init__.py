@@ -2,25 +2,18 @@
 
 from typing import TYPE_CHECKING, Any
 
-from deq.names import refuse_other_kernels
-
 if TYPE_CHECKING:
-    from deq.layer import DEQ, Equilibrium
-    from deq.warm_start import WarmStart
+    from deq.layer import DEQ, Equilibrium, Implicit, JacobianFree, Phantom, Unrolled, WarmStart
 
-refuse_other_kernels()
-
-__all__ = ["DEQ", "Equilibrium", "WarmStart"]
-
-_HOMES = {"DEQ": "deq.layer", "Equilibrium": "deq.layer", "WarmStart": "deq.warm_start"}
+__all__ = ["DEQ", "Equilibrium", "Implicit", "JacobianFree", "Phantom", "Unrolled", "WarmStart"]
 
 
 def __getattr__(name: str) -> Any:
     # At its first use: torch takes seconds to import, and the report needs none of it.
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
+    import deq.layer
 
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    value = getattr(deq.layer, name)
     globals()[name] = value
     return value

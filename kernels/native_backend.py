@@ -63,7 +63,7 @@ class _Window(ctypes.Structure):
 
 
 class NativeBackend:
-    """See :class:`kernels.state.Backend`."""
+    """See :class:`deq.kernels.state.Backend`."""
 
     name: ClassVar[BackendName] = "native"
 

@@ -40,7 +40,7 @@ class Outcome(IntEnum):
 
     Example:
         >>> import torch
-        >>> from kernels import AndersonWindow, Outcome
+        >>> from deq.kernels import AndersonWindow, Outcome
         >>> window = AndersonWindow(batch_size=2, dim=1, tol=1e-3)
         >>> _ = window.step(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [3.0]]))
         >>> [Outcome(code).name for code in window.outcome.tolist()]

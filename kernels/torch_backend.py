@@ -35,7 +35,7 @@ from .state import (
 
 
 class TorchBackend:
-    """See :class:`kernels.state.Backend`."""
+    """See :class:`deq.kernels.state.Backend`."""
 
     name: ClassVar[BackendName] = "torch"
 

@@ -730,7 +730,7 @@ _device_key = functools.cache(device_key)
 
 
 class TritonBackend:
-    """See :class:`kernels.state.Backend`."""
+    """See :class:`deq.kernels.state.Backend`."""
 
     name: ClassVar[BackendName] = "triton"
 

@@ -275,7 +275,7 @@ class AndersonWindow:
 
     @property
     def outcome(self) -> Tensor:
-        """(B,) uint8: 0 for a sample that moves, else the :class:`kernels.Outcome` for which it is frozen."""
+        """(B,) uint8: 0 for a sample that moves, else the :class:`deq.kernels.Outcome` for which it is frozen."""
         return self._state.outcome
 
     @property

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     # Without a device Triton's interpreter runs the kernels; it is chosen when a kernel is defined, hence this early.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from kernels import BackendName
+from deq.kernels import BackendName
 
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where Triton kernels run in the tests: a device if there is one, else the CPU, interpreted."""

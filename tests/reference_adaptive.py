@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.state import (
+from deq.kernels.state import (
     BLOW,
     DROP_FAR,
     DROP_NEAR,

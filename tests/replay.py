@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from kernels import triton_backend
+from deq.kernels import triton_backend
 
 Launch = Callable[[], None]
 

@@ -191,7 +191,7 @@ MISTAKES = {
     "logger.tags=a": "logger.tags must be a list, such as [first,second], got 'a'",
     "logger.name=3": "logger.name must be a text or null, got 3",
     "++solver.windw=1": "there is no knob solver.windw; did you mean solver.window?",
-    # Every name and option that is refused before Hydra looks is in tests/deq/test_arguments.py.
+    # Every name and option that is refused before Hydra looks is in tests/deq/cli/test_arguments.py.
     "~probe": "~probe deletes what the program reads; leave it out for the default, or write probe=null",
     "~nothere": "there is no knob nothere; `python train.py --help` lists them",
     "+windw=3": "there is no knob windw; did you mean window?",
@@ -264,7 +264,7 @@ DRIVER = """
 import contextlib, io, json, shlex, sys
 from pathlib import Path
 import train
-from deq.command import launch
+from deq.cli.command import launch
 told = {}
 for override in json.loads(sys.argv[1]):
     sys.argv = ["train.py", "logger=none", "max_steps=1", *shlex.split(override)]
@@ -354,7 +354,7 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 import train
-from deq.command import launch
+from deq.cli.command import launch
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)  # no file may be larger: a disk that is full
 launch(train.main, conf=Path(train.__file__).parent / "conf")
 """
@@ -390,7 +390,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 import train
-from deq.command import launch
+from deq.cli.command import launch
 
 save, saves = torch.save, 0
 
@@ -471,7 +471,7 @@ def test_a_run_whose_reader_goes_trains_on_and_says_so_on_a_terminal_of_ascii(tm
         [str(ROOT / "train.py"), "--help"],
         [str(ROOT / "train.py"), "--cfg", "job"],
         ["-m", "deq.report", "--help"],
-        ["-m", "deq.dashboard", "--project", "mine", "--dry-run"],
+        ["-m", "deq.records.dashboard", "--project", "mine", "--dry-run"],
     ],
     ids=lambda program: program[-1],
 )
@@ -507,7 +507,7 @@ import sys
 from pathlib import Path
 sys.modules["wandb"] = None  # as if it were not installed
 import train
-from deq.command import launch
+from deq.cli.command import launch
 launch(train.main, conf=Path(train.__file__).parent / "conf")
 """
 

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from deq.data.picture import Pixels
-from deq.errors import UserError, first_line
+from deq.records.errors import UserError, first_line
 
 
 def cached(file: Path, key: str, count: int, make: Callable[[], Pixels]) -> Pixels:

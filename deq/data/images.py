@@ -10,7 +10,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from deq.data.augment import AUGMENTATIONS, augment
-from deq.errors import UserError, in_yaml
+from deq.records.errors import UserError, in_yaml
 
 
 @dataclass(frozen=True)

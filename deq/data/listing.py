@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from deq.errors import UserError, first_line
+from deq.records.errors import UserError, first_line
 
 KINDS = f"{', '.join(sorted(IMG_EXTENSIONS)[:-1])} or {max(IMG_EXTENSIONS)}"
 """The endings of the files that are read, for a sentence."""

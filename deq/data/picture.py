@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from deq.errors import UserError, first_line
+from deq.records.errors import UserError, first_line
 
 Pixels: TypeAlias = NDArray[np.uint8]
 

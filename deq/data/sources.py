@@ -23,7 +23,7 @@ from deq.data.cache import cached
 from deq.data.images import ImageData, Split
 from deq.data.listing import Listing, listed, readable
 from deq.data.picture import Pixels
-from deq.errors import UserError, first_line, in_yaml
+from deq.records.errors import UserError, first_line, in_yaml
 
 _DOWNLOAD_TIMEOUT_S = 30
 _CACHE_FORMAT = 2

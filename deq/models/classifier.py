@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from deq.gradients import Gradient, Implicit
-from deq.layer import DEQ, Equilibrium
+from deq.layer import DEQ, Equilibrium, Gradient, Implicit
+from deq.models.tutorial import TutorialDEQ, TutorialSolver
 from deq.solvers import Solver
-from deq.tutorial import TutorialDEQ, TutorialSolver
 
 
 class ResidualCell(nn.Module):
@@ -55,7 +54,7 @@ class EquilibriumClassifier(nn.Module):
         image_size: height and width of the input images, in pixels.
         classes: number of classes.
         solver: finds the equilibrium; ``gradient``: differentiates through it (see :class:`deq.DEQ`). A solver of
-            :mod:`deq.tutorial` brings the tutorial's layer along.
+            :mod:`deq.models.tutorial` brings the tutorial's layer along.
         cuda_graph: replay recorded CUDA graphs in both solves (see :class:`deq.DEQ`).
         channels, inner, groups, init_std: sizes of the cell.
         pool: side of the average-pooling window, in pixels; divides ``image_size``.

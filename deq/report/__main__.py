@@ -17,8 +17,8 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from deq import terminal
-from deq.errors import UserError
-from deq.files import shown, write_atomically
+from deq.records.errors import UserError
+from deq.records.files import shown, write_atomically
 from deq.report import png
 from deq.report.compare import Comparison, compare
 from deq.report.figures import Figure, figures_of

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deq.errors import in_yaml
+from deq.records.errors import in_yaml
 from deq.report.runs import Run
 
 FORWARD, TUTORIAL_FORWARD = "Forward", "TutorialForward"

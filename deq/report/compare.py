@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deq import curves
-from deq.curves import Crossing
+from deq.records import curves
+from deq.records.curves import Crossing
 from deq.report.arms import BASELINES, FORWARD, SOLVERS, Arm, arms_of, baselines_for, common, shown_knob
 from deq.report.runs import Evaluation, Run, Sweep, Trace
 
@@ -345,7 +345,7 @@ def _trades(arms: Sequence[Arm]) -> list[Trade]:
 
 
 def crossover_by_evaluations(curve: Trace, forward: Trace) -> Crossing | None:
-    """After equally many evaluations of f; see :func:`deq.curves.crossing`."""
+    """After equally many evaluations of f; see :func:`deq.records.curves.crossing`."""
     return curves.crossing(curve.points(curve.evaluations), forward.points(forward.evaluations))
 
 

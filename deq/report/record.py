@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deq.curves import Crossing
+from deq.records.curves import Crossing
 from deq.report.compare import Against, ArmNumbers, Comparison, Spread
 from deq.report.runs import Run, now
 from deq.report.tables import Text, command_of

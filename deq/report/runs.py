@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from deq import metrics
-from deq.errors import first_line
+from deq.records import metrics
+from deq.records.errors import first_line
 
 STATES = ("finished", "running", "interrupted", "failed", "unfinished")
 """``unfinished``: a folder without ``status.json`` whose files end before the run does."""
@@ -42,7 +42,7 @@ class Evaluation:
         """The value of a metric, None where it was not logged or not finite.
 
         Raises:
-            ValueError: for a name that is not in :mod:`deq.metrics`.
+            ValueError: for a name that is not in :mod:`deq.records.metrics`.
         """
         metrics.check([name])
         return self.values.get(name)

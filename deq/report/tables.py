@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from deq.errors import in_yaml
-from deq.files import shown
+from deq.records.errors import in_yaml
+from deq.records.files import shown
 from deq.report.arms import FORWARD, Arm, differing, shown_knob
 from deq.report.compare import (
     PAPER,

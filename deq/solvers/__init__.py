@@ -1,6 +1,6 @@
 """Solvers of fixed-point equations z = f(z), one file each, one small interface."""
 
-from kernels import Outcome
+from deq.kernels import Outcome
 
 from .anderson import Anderson
 from .base import Solution, Solver

@@ -8,15 +8,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels import AndersonWindow, BackendName, Regularization
-from kernels.window import validate_window
+from deq.kernels import AndersonWindow, BackendName, Regularization
+from deq.kernels.window import validate_window
 
 from .base import Solver
 
 
 @dataclass(frozen=True, kw_only=True)
 class Anderson(Solver):
-    """Anderson acceleration with a window of m iterates; see :class:`kernels.AndersonWindow` for the formula.
+    """Anderson acceleration with a window of m iterates; see :class:`deq.kernels.AndersonWindow` for the formula.
 
     Each iteration costs one evaluation of f and one update of 3m + 5 passes over the state, 2m + 4 if not adaptive.
 
@@ -27,11 +27,11 @@ class Anderson(Solver):
         regularization: ``scaled`` (unaffected by the scale of f) or ``absolute`` (what TorchDEQ and jaxopt do).
         ridge: strength of the regularisation; default 1e-6 for ``scaled``, 1e-4 for ``absolute``.
         adaptive: let each sample lengthen or shorten its steps by what the last one brought, drop rows that were taken
-            where the map has another slope, and step forward out of a stall; see :class:`kernels.AndersonWindow`. Off,
+            where the map has another slope, and step forward out of a stall; see :class:`deq.kernels.AndersonWindow`. Off,
             it is the method of the textbooks. Default: on where ``scaled``, off where ``absolute``, which is there to
             compare and cannot adapt.
         history_dtype: ``bfloat16`` keeps the residual rows of a float32 state in half the memory and traffic, see
-            :class:`kernels.AndersonWindow`; default: the state's.
+            :class:`deq.kernels.AndersonWindow`; default: the state's.
         backend: ``auto``, ``triton``, ``native`` or ``torch``.
 
     Raises:

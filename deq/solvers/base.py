@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeVar
 
-from kernels import Outcome
-from kernels.state import FAR, PATIENCE, PROGRESS, accumulator_dtype, on_device, track_progress
-from kernels.tracing import refuse_tracing, runs_as_it_is
-from kernels.window import is_real, is_whole, residual_and_size, validate_patience
+from deq.kernels import Outcome
+from deq.kernels.state import FAR, PATIENCE, PROGRESS, accumulator_dtype, on_device, track_progress
+from deq.kernels.tracing import refuse_tracing, runs_as_it_is
+from deq.kernels.window import is_real, is_whole, residual_and_size, validate_patience
 
 from .batch import Log, Look, conclude, go_on_together, hold_to_the_batch, verify
 from .map import FixedPointMap, Restrict, validate_start
@@ -463,7 +463,7 @@ class Solver(ABC):
 
 
 class Books:
-    """What iterations without an :class:`kernels.AndersonWindow` keep of every sample."""
+    """What iterations without an :class:`deq.kernels.AndersonWindow` keep of every sample."""
 
     def __init__(self, x: Tensor, solver: Solver) -> None:
         self._solver = solver

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kernels import Outcome, residual_norm
-from kernels.state import PATIENCE
+from deq.kernels import Outcome, residual_norm
+from deq.kernels.state import PATIENCE
 
 from .map import FixedPointMap, Restrict, evaluate, random_state
 
@@ -75,7 +75,7 @@ class Log:
         if drawn is not None and not torch.equal(drawn, random_state(x.device)):
             raise ValueError(
                 "f drew random numbers in its second evaluation, so that it is another map at every call and has no "
-                "fixed point: draw them before the solve, or use deq.stability.VariationalDropout"
+                "fixed point: draw them before the solve, or use deq.layer.VariationalDropout"
             )
         return fx
 
@@ -281,7 +281,7 @@ _told: set[Solver] = set()
 def _level_of_the_caller() -> int:
     """The stack level, for a warning, of the first frame that is neither this project's nor PyTorch's."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("deq", "kernels", "torch"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("deq", "torch"):
         level, frame = level + 1, frame.f_back
     return level
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.state import accumulator_dtype
-from kernels.window import is_whole
+from deq.kernels.state import accumulator_dtype
+from deq.kernels.window import is_whole
 
 from .base import Books, Solver
 from .scaling import power_of_two_norm
@@ -29,7 +29,7 @@ class Broyden(Solver):
 
     From the second iteration on an iteration costs one evaluation of f and three passes over ``memory`` rows, in plain
     PyTorch. The memory is 2 ``memory`` B d elements, in float32 at least. It is not that of a
-    :class:`kernels.AndersonWindow`: steps of a slow iteration, taken as differences of rows y_i and g_i, would be lost
+    :class:`deq.kernels.AndersonWindow`: steps of a slow iteration, taken as differences of rows y_i and g_i, would be lost
     in their rounding, and the Gram matrix there holds no product of a step with a residual.
 
     Args:

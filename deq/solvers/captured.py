@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from kernels.state import on_device
+from deq.kernels.state import on_device
 
 from .base import MovingSamples, Solution
 from .batch import Log, Look, conclude

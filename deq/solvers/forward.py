@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.window import validate_beta
+from deq.kernels.window import validate_beta
 
 from .base import Books, Solver
 

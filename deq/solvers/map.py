@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.tracing import refuse_transforms
+from deq.kernels.tracing import refuse_transforms
 
 FixedPointMap = Callable[[Tensor], Tensor]
 """f: (B, ...) -> (B, ...), the same shape, dtype and device."""

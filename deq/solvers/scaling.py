@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.state import accumulator_dtype
+from deq.kernels.state import accumulator_dtype
 
 
 def power_of_two_norm(v: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from kernels.window import is_real
+from deq.kernels.window import is_real
 
 from .map import validate_start, validate_value
 

@@ -17,7 +17,7 @@ from benchmarks import record
 from benchmarks.cell import load_cell
 from benchmarks.record import folder_of
 from benchmarks.update import IncrementalUpdate
-from kernels.naive import anderson_update
+from deq.kernels.naive import anderson_update
 
 
 def run(module: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:

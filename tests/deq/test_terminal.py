@@ -12,8 +12,8 @@ from typing import TextIO
 import pytest
 
 from deq import terminal
-from deq.display import Display
 from deq.terminal import Streams
+from deq.training.display import Display
 
 FULL = Path("/dev/full")
 Opened = Callable[..., TextIO]

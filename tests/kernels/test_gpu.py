@@ -13,12 +13,12 @@ import torch
 
 from benchmarks.problems import Affine, affine
 from deq import DEQ
-from deq.gradients import Implicit
+from deq.kernels import AndersonWindow, residual_norm
+from deq.kernels.naive import anderson_update, relative_residual
+from deq.layer import Implicit
 from deq.models import EquilibriumClassifier
 from deq.solvers import Anderson, Forward, Solver
 from deq.solvers.captured import CapturedSolve, _while_nodes_available, recorder_for
-from kernels import AndersonWindow, residual_norm
-from kernels.naive import anderson_update, relative_residual
 
 pytestmark = pytest.mark.gpu
 

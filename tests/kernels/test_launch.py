@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import AndersonWindow, launch
-from kernels.triton_backend import _device_key
+from deq.kernels import AndersonWindow, launch
+from deq.kernels.triton_backend import _device_key
 from tests.conftest import KERNEL_DEVICE
 
 

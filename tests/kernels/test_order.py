@@ -21,9 +21,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from kernels import AndersonWindow, Outcome, Regularization, residual_norm
-from kernels.state import STALL, Carried
-from kernels.triton_backend import TritonBackend
+from deq.kernels import AndersonWindow, Outcome, Regularization, residual_norm
+from deq.kernels.state import STALL, Carried
+from deq.kernels.triton_backend import TritonBackend
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="decides what Triton's interpreter runs next")
 

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.problems import affine
+from deq.kernels import AndersonWindow, BackendName, Regularization, history, residual_norm
+from deq.kernels.naive import anderson_update, anderson_weights, relative_residual
+from deq.kernels.state import Carried
+from deq.kernels.triton_backend import TritonBackend
 from deq.solvers import Anderson
-from kernels import AndersonWindow, BackendName, Regularization, history, residual_norm
-from kernels.naive import anderson_update, anderson_weights, relative_residual
-from kernels.state import Carried
-from kernels.triton_backend import TritonBackend
 from tests.conftest import BACKENDS as BACKEND_NAMES
 from tests.conftest import KERNEL_DEVICE
 from tests.reference_adaptive import AdaptiveReference
@@ -450,7 +450,7 @@ def test_a_history_beyond_the_caches_gives_the_same_bits(beta: float) -> None:
 
 
 def test_without_a_compiler_the_cpu_uses_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kernels import native_backend, torch_backend
+    from deq.kernels import native_backend, torch_backend
 
     monkeypatch.setenv("ANDERSON_NATIVE", "0")
     native_backend.load_library.cache_clear()
@@ -466,7 +466,7 @@ def test_without_a_compiler_the_cpu_uses_pytorch(monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def compile_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """The native library is looked for, and compiled, in an empty cache."""
-    from kernels import native_backend
+    from deq.kernels import native_backend
 
     def forget() -> None:
         native_backend.load_library.cache_clear()
@@ -492,7 +492,7 @@ def test_a_compiler_command_may_have_words(
 def test_a_wrong_compiler_is_named_once_and_the_next_one_tried(
     compile_anew: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kernels import native_backend
+    from deq.kernels import native_backend
 
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert AndersonWindow(2, 8, device="cpu")._backend.name == "native", "by g++"
@@ -511,7 +511,7 @@ def test_a_wrong_compiler_is_named_once_and_the_next_one_tried(
 
 
 def test_what_the_compiler_says_reaches_the_user(compile_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kernels import native_backend
+    from deq.kernels import native_backend
 
     monkeypatch.setattr(native_backend, "_FLAGS", ("-fno-such-flag",))
     monkeypatch.setattr(native_backend.shutil, "which", lambda name: "g++" if name == "g++" else None)
@@ -521,7 +521,7 @@ def test_what_the_compiler_says_reaches_the_user(compile_anew: None, monkeypatch
 
 
 def test_a_library_that_was_cut_short_is_compiled_again(compile_anew: None, tmp_path: Path) -> None:
-    from kernels import native_backend
+    from deq.kernels import native_backend
 
     AndersonWindow(2, 8, device="cpu", backend="native")
     (path,) = tmp_path.rglob("native-*.so")
@@ -533,7 +533,7 @@ def test_a_library_that_was_cut_short_is_compiled_again(compile_anew: None, tmp_
 
 
 def test_half_precision_on_a_cpu_uses_pytorch() -> None:
-    from kernels import native_backend, torch_backend
+    from deq.kernels import native_backend, torch_backend
 
     assert isinstance(AndersonWindow(2, 8, device="cpu")._backend, native_backend.NativeBackend)
     half = AndersonWindow(2, 8, device="cpu", dtype=torch.bfloat16)
@@ -594,7 +594,7 @@ def test_an_index_out_of_range_is_refused_on_a_cpu() -> None:
 def test_without_a_home_the_native_code_is_kept_in_a_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     from pathlib import Path
 
-    from kernels import native_backend
+    from deq.kernels import native_backend
 
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")

@@ -1,0 +1,1 @@
+"""What is measured beside training: speedup, crossover, energy, floating-point operations."""

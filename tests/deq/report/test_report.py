@@ -1,0 +1,811 @@
+"""The report: its numbers against ones worked out by hand, its page in a real browser, and folders in any state."""
+
+from __future__ import annotations
+
+import contextlib
+import html.parser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from omegaconf import OmegaConf
+
+from deq.records import metrics
+from deq.report import runs, tables
+from deq.report.__main__ import main
+from deq.report.arms import arms_of
+from deq.report.compare import compare, crossover_by_evaluations, crossover_by_seconds, mixing_penalty
+from deq.report.figures import MOST_COLOURED, Figure, Missing, figures_of, styles_of
+from deq.report.plots import plot_of
+from deq.report.runs import Trace, read
+
+ROOT = Path(__file__).parents[3]
+PACKAGE = ROOT / "deq" / "report"
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+Point = tuple[float, float, float]
+"""Seconds of training, test accuracy and TFLOP of training at one evaluation."""
+
+
+def solver_node(kind: str, window: int, beta: float, **knobs: Any) -> dict[str, Any]:
+    package = "deq.models.tutorial" if kind.startswith("Tutorial") else "deq.solvers"
+    node: dict[str, Any] = {"_target_": f"{package}.{kind}", "tol": 0.01, "max_iter": 30, "stop": "max"}
+    if "Anderson" in kind:
+        node["window"] = window
+    if kind != "Broyden":
+        node["beta"] = beta
+    return node | knobs
+
+
+def config_of(kind: str, seed: int, window: int = 5, beta: float = 1.0, **top: Any) -> dict[str, Any]:
+    node = solver_node(kind, window, beta, **top.pop("solver", {}))
+    adjoint = node | top.pop("adjoint", {})
+    return {
+        "window": window,
+        "beta": beta,
+        "tol": 0.01,
+        "max_iter": 30,
+        "stop": "max",
+        "seed": seed,
+        "epochs": 3,
+        "max_steps": None,
+        "batch_size": 50,
+        "device": "auto",
+        "precision": "fp32",
+        "resume": None,
+        "log_every": 50,
+        "logger": {"mode": f"any-{seed}"},
+        "probe": {"repeats": 3 + seed},
+        "solver": node,
+        "adjoint": adjoint,
+        "gradient": {"_target_": "deq.layer.Implicit", "solver": adjoint},
+        "optim": {"lr": 0.003, "optimizer": {"_target_": "torch.optim.Adam", "_partial_": True, "lr": 0.003}},
+        "model": {"_target_": "deq.models.EquilibriumClassifier", "_partial_": True, "channels": 32, "inner": 32},
+        "data": {"_target_": "deq.data.digits", "augment": "none", "train_size": None, "test_size": None},
+        **top,
+    }
+
+
+def write_run(
+    folder: Path,
+    config: dict[str, Any],
+    points: Sequence[Point],
+    *,
+    state: str | None = "finished",
+    error: str | None = None,
+    extra: dict[str, Sequence[float | None]] | None = None,
+    environment: dict[str, Any] | None = None,
+    traces: list[dict[str, Any]] | None = None,
+    summary: bool = True,
+    total_steps: int = 30,
+) -> Path:
+    """A run folder with an evaluation every ten steps. ``extra``: more metrics, a value for each evaluation."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    machine = {"system": "Linux", "cpu": "AMD EPYC", "cpu_threads": 2, "gpu": None, "python": "3.11", "torch": "2.14"}
+    about = {"code_version": "abc123", "command": "train.py -m", "machine": machine, "energy_counters": []}
+    (folder / "environment.json").write_text(json.dumps(about | (environment or {})))
+    rows = []
+    for number, (seconds, accuracy, tflop) in enumerate(points):
+        row: dict[str, Any] = {
+            "step": 10 * (number + 1),
+            "epoch": number + 1,
+            "train/accuracy": accuracy,
+            "test/accuracy": accuracy,
+            "time/train_s": seconds,
+            "time/elapsed_s": 2 * seconds,
+            "solver/forward_evaluations": 10.0 + number,
+            "solver/backward_evaluations": 8.0 + number,
+            "solver/forward_unconverged_fraction": 0.1,
+            "solver/backward_unconverged_fraction": 0.2,
+            "energy/train_tflop": tflop,
+            "energy/test_tflop": tflop / 10,
+        }
+        rows.append(row | {name: values[number] for name, values in (extra or {}).items()})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if summary and rows:
+        (folder / "summary.json").write_text(json.dumps({k: v for k, v in rows[-1].items() if "/" in k}))
+    if state is not None:
+        status = {
+            "state": state,
+            "began": "2026-01-01T00:00:00+00:00",
+            "ended": None,
+            "error": error,
+            "step": 10 * len(points),
+            "total_steps": total_steps,
+            "overrides": [
+                f"solver={config['solver']['_target_'].rpartition('.')[2].lower()}",
+                f"seed={config['seed']}",
+            ],
+        }
+        (folder / "status.json").write_text(json.dumps(status))
+    if traces is not None:
+        content = {"batch": "64 test images", "stop": "mean", "tol": 0.01, "device": "CPU", "traces": traces}
+        (folder / "traces.json").write_text(json.dumps(content))
+    return folder
+
+
+def trace(solver: str, baseline: bool, seconds: Sequence[float], residual: Sequence[float]) -> dict[str, Any]:
+    return {
+        "solver": solver,
+        "kind": "forward" if baseline else "anderson",
+        "baseline": baseline,
+        "evaluations": list(range(1, len(seconds) + 1)),
+        "seconds": list(seconds),
+        "residual_mean": list(residual),
+        "residual_p10": [r / 2 for r in residual],
+        "residual_median": list(residual),
+        "residual_p90": [2 * r for r in residual],
+    }
+
+
+TRACES = [
+    trace("forward iteration", True, [0.010, 0.020, 0.030, 0.040, 0.050, 0.060], [1, 0.5, 0.25, 0.125, 0.0625, 0.03]),
+    trace("Anderson m = 5", False, [0.012, 0.026, 0.040, 0.054], [1, 0.6, 0.1, 0.01]),
+]
+
+# The baseline's best is 0.80 after 20 s for seed 0, and 0.90 after 30 s for seed 1.
+FORWARD: dict[int, list[Point]] = {
+    0: [(10, 0.50, 2), (20, 0.80, 4), (30, 0.70, 6)],
+    1: [(10, 0.60, 2), (20, 0.70, 4), (30, 0.90, 6)],
+}
+# Reached after 8 s (0.80 itself counts) with 1 TFLOP, and after 10 s with 3.
+ANDERSON: dict[int, list[Point]] = {
+    0: [(4, 0.60, 0.5), (8, 0.80, 1), (12, 0.75, 1.5)],
+    1: [(5, 0.85, 2), (10, 0.92, 3), (15, 0.91, 4)],
+}
+
+
+def two_arms(folder: Path, **keywords: Any) -> Path:
+    for seed in (0, 1):
+        write_run(folder / f"{seed}_solver-forward", config_of("Forward", seed), FORWARD[seed], **keywords)
+        write_run(folder / f"{2 + seed}_solver-anderson", config_of("Anderson", seed), ANDERSON[seed], **keywords)
+    return folder
+
+
+def report_of(folder: Path, *arguments: str, draw: bool = False) -> dict[str, Any]:
+    """What report.json holds. Pictures, which take most of the time, are empty files unless they are looked at."""
+    with contextlib.ExitStack() as stack:
+        if not draw:
+            stack.enter_context(mock.patch("deq.report.png.save", lambda figure, path: path.touch()))
+        assert main([str(folder), *arguments]) == 0
+    content: dict[str, Any] = json.loads((folder / "report" / "report.json").read_text())
+    return content
+
+
+def arm(report: dict[str, Any], label: str) -> dict[str, Any]:
+    (found,) = [one for one in report["arms"] if one["label"] == label]
+    assert isinstance(found, dict)
+    return found
+
+
+def words(folder: Path) -> str:
+    """The page's text, without scripts, styles and tags."""
+    page = (folder / "report" / "report.html").read_text()
+    page = re.sub(r"<(script|style)\b.*?</\1>", " ", page, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", page)))
+
+
+def test_ratios_are_paired_by_seed_and_are_those_worked_out_by_hand(tmp_path: Path) -> None:
+    report = report_of(two_arms(tmp_path))
+    against = arm(report, "Anderson")["against"]["Forward"]
+    assert against["baseline"] == "forward iteration"
+    assert [pair["target"] for pair in against["pairs"]] == [0.80, 0.90]
+    assert [pair["seconds"] for pair in against["pairs"]] == [8, 10]
+    assert [pair["baseline_seconds"] for pair in against["pairs"]] == [20, 30]
+    assert against["speedup"] == {"median": 2.75, "low": 2.5, "high": 3.0, "n": 2}
+    assert against["time_saved"]["median"] == pytest.approx((0.6 + 2 / 3) / 2)
+    assert [pair["compute_saved"] for pair in against["pairs"]] == [0.75, 0.5]  # 1 − 1/4 and 1 − 3/6
+    assert against["energy_saved"] is None
+    assert against["never"] == 0
+    own = arm(report, "Anderson")["numbers"]
+    assert own["test_accuracy_best"] == {"median": pytest.approx(0.86), "low": 0.80, "high": 0.92, "n": 2}
+    assert own["test_accuracy_last"]["low"] == 0.75
+    assert own["train_s"]["median"] == 13.5
+    assert "2.75x sooner (2.50x to 3.00x over 2 seeds)" in report["headline"]
+    assert "“forward iteration”" in report["headline"]
+
+
+def test_seeds_that_never_reach_the_target_are_counted(tmp_path: Path) -> None:
+    two_arms(tmp_path)
+    for seed, accuracy in ((0, 0.81), (1, 0.5)):
+        config = config_of("Anderson", seed, window=2)
+        write_run(tmp_path / f"{4 + seed}_window-2", config, [(4, 0.1, 1), (10, accuracy, 2)])
+    against = arm(report_of(tmp_path), "Anderson · window 2")["against"]["Forward"]
+    assert against["never"] == 1
+    assert against["speedup"] == {"median": 2.0, "low": 2.0, "high": 2.0, "n": 1}
+    assert "1 of 2" in words(tmp_path)
+    assert "Anderson · window 5, fastest of 2 such arms, reaches" in words(tmp_path)
+
+
+def test_a_target_of_the_users_takes_the_place_of_the_baselines_best(tmp_path: Path) -> None:
+    against = arm(report_of(two_arms(tmp_path), "--target", "0.7"), "Anderson")["against"]["Forward"]
+    assert [pair["baseline_seconds"] for pair in against["pairs"]] == [20, 20]
+    assert [pair["seconds"] for pair in against["pairs"]] == [8, 5]
+    # A target that the baseline never reaches gives no ratio at all.
+    report = report_of(tmp_path, "--target", "0.91")
+    against = arm(report, "Anderson")["against"]["Forward"]
+    assert against["speedup"] is None
+    assert against["never"] == 1
+    assert "never reaches the target of 91.00 %" in report["headline"]
+
+
+def test_a_target_outside_0_to_1_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(two_arms(tmp_path)), "--target", "95"]) == 2
+    assert "--target must be an accuracy above 0 and at most 1, got 95; 95 % is 0.95" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "the following arguments are required: SWEEP_DIR"),
+        (["a", "b"], "unrecognized arguments: b"),
+        (["a", "--target", "high"], "argument --target: invalid float value: 'high'"),
+        (
+            [""],
+            "argument SWEEP_DIR: must be a folder, got ''",
+        ),  # not the working folder, for a variable that is not set
+        (["a", "--out", ""], "argument --out: must be a folder, got ''"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_told_in_one_sentence(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"error: {sentence}; `python -m deq.report --help` lists the options\n"
+
+
+def test_knobs_that_a_solver_does_not_have_make_no_arms(tmp_path: Path) -> None:
+    for number, window in enumerate((2, 5)):
+        write_run(tmp_path / f"{number}_f", config_of("Forward", 0, window=window), FORWARD[0])
+        write_run(tmp_path / f"{number + 2}_a", config_of("Anderson", 0, window=window), ANDERSON[0])
+    report = report_of(tmp_path)
+    assert [one["label"] for one in report["arms"]] == [
+        "forward iteration",
+        "Anderson · window 2",
+        "Anderson · window 5",
+    ]
+    assert arm(report, "forward iteration")["runs"] == 2
+    # Two runs of one seed are one observation.
+    assert len(arm(report, "Anderson · window 5")["against"]["Forward"]["pairs"]) == 1
+
+
+def test_every_knob_that_differs_is_in_the_label(tmp_path: Path) -> None:
+    configs = [
+        config_of("Anderson", 0, beta=0.5),
+        config_of("Anderson", 0, optim={"lr": 0.1}),
+        config_of("Anderson", 0, adjoint={"tol": 0.001}),
+        config_of("Anderson", 0, solver={"adaptive": False}),
+        config_of("Anderson", 0, gradient={"_target_": "deq.layer.Phantom", "steps": 5}),
+    ]
+    for number, config in enumerate(configs):
+        write_run(tmp_path / f"{number}_a", config, ANDERSON[0])
+    labels = [one.label for one in arms_of(read(tmp_path).runs)]
+    assert len(set(labels)) == 5
+    for text in ("β 0.5", "optim.lr 0.1", "adjoint tol 0.001", "gradient Phantom"):
+        assert sum(text in label for label in labels) == 1, (text, labels)
+
+
+def test_a_cpu_and_a_gpu_are_never_one_arm(tmp_path: Path) -> None:
+    machine = {"cpu": "AMD EPYC", "cpu_threads": 2, "gpu": "NVIDIA H100"}
+    write_run(tmp_path / "0_a", config_of("Anderson", 0), ANDERSON[0])
+    write_run(tmp_path / "1_a", config_of("Anderson", 1), ANDERSON[1], environment={"machine": machine})
+    assert [one.label for one in arms_of(read(tmp_path).runs)] == ["Anderson · CPU", "Anderson · NVIDIA H100"]
+
+
+def test_images_of_two_places_are_two_data_sets_but_cifar10_is_one(tmp_path: Path) -> None:
+    for number, root in enumerate(("/data/first/images", "/data/second/images")):
+        for name in ("image_folder", "cifar10"):
+            data = {"_target_": f"deq.data.{name}", "augment": "none", "root": root, "train_size": None}
+            write_run(tmp_path / name / f"{number}_a", config_of("Anderson", number, data=data), ANDERSON[0])
+    assert len(arms_of(read(tmp_path / "image_folder").runs)) == 2
+    assert len(arms_of(read(tmp_path / "cifar10").runs)) == 1
+
+
+def test_the_main_baseline_is_the_best_of_the_forward_arms_and_is_named(tmp_path: Path) -> None:
+    two_arms(tmp_path)
+    for seed in (0, 1):
+        damped = [(t, accuracy + 0.01, c) for t, accuracy, c in FORWARD[seed]]
+        write_run(tmp_path / f"{4 + seed}_f", config_of("Forward", seed, beta=0.5), damped)
+        write_run(tmp_path / f"{6 + seed}_t", config_of("TutorialForward", seed), FORWARD[seed])
+    report = report_of(tmp_path)
+    assert report["baselines"] == [
+        "forward iteration · β 0.5",
+        "forward iteration, as the tutorial writes it · β 1.0",
+    ]
+    assert any("of 2 arms with forward iteration, best in median test" in one for one in report["choice_of_baseline"])
+    ours = arm(report, "Anderson · β 1.0")["against"]
+    assert ours["Forward"]["baseline"] == "forward iteration · β 0.5"
+    assert ours["TutorialForward"]["speedup"]["median"] == 2.75
+    page = words(tmp_path)
+    for baseline in report["baselines"]:
+        assert f"{baseline} (baseline)" in page
+
+
+def test_an_arm_is_held_against_the_forward_arm_that_is_equal_in_all_else(tmp_path: Path) -> None:
+    for number, tol in enumerate((0.1, 0.01)):
+        for kind, points in (("Forward", FORWARD[0]), ("Anderson", ANDERSON[0])):
+            config = config_of(kind, 0, solver={"tol": tol}) | {"tol": tol}
+            write_run(tmp_path / f"{number}_{kind}", config, points)
+    report = report_of(tmp_path)
+    for tol in (0.1, 0.01):
+        against = arm(report, f"Anderson · tol {tol}")["against"]["Forward"]
+        assert (against["baseline"], against["differs"]) == (f"forward iteration · tol {tol}", [])
+    shutil.rmtree(tmp_path / "0_Forward")
+    report = report_of(tmp_path)
+    against = arm(report, "Anderson · tol 0.1")["against"]["Forward"]
+    assert against["differs"] == ["solver.tol"]
+    assert any("tol 0.1 against tol 0.01" in one for one in report["choice_of_baseline"])
+
+
+def test_without_a_forward_arm_there_is_no_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "0_a", config_of("Anderson", 0), ANDERSON[0])
+    report = report_of(tmp_path)
+    assert report["arms"][0]["against"] == {}
+    assert "No arm here is forward iteration" in report["choice_of_baseline"][0]
+    assert not re.search(r"\d+\.\d+x", words(tmp_path) + capsys.readouterr().out)
+
+
+def test_measured_joules_give_the_energy_saved_and_the_figure(tmp_path: Path) -> None:
+    for kind, points, joules in (("Forward", FORWARD, [100, 200, 300]), ("Anderson", ANDERSON, [25, 50, 75])):
+        extra = {"energy/train_cpu_joules": joules, "energy/test_cpu_joules": [1, 2, 3]}
+        write_run(tmp_path / f"0_{kind}", config_of(kind, 0), points[0], extra=extra)
+    report = report_of(tmp_path)
+    against = arm(report, "Anderson")["against"]["Forward"]
+    assert against["energy_saved"]["median"] == 0.75  # 1 − 50/200
+    assert against["energy_counter"] == "CPU"
+    (energy,) = [one for one in figures_of(compare(read(tmp_path))) if one.key == "energy"]
+    assert isinstance(energy, Figure)
+    bars = energy.panels[0].bars
+    assert bars is not None
+    assert bars.parts == {"training, CPU": [300, 75], "evaluation, CPU": [3, 3]}
+
+
+def test_without_a_counter_nothing_is_called_joules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report_of(two_arms(tmp_path, traces=TRACES))
+    page = (tmp_path / "report" / "report.html").read_text()
+    plots = re.findall(r'<script id="plots".*?</script>', page, re.DOTALL)[0]
+    assert "joule" not in (words(tmp_path) + plots + capsys.readouterr().out).lower()
+    assert "o energy counter on this machine" in words(tmp_path)
+    assert "TFLOP" in plots
+
+
+def test_a_counter_that_was_not_read_yet_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    write_run(
+        tmp_path / "0_a", config_of("Anderson", 0), [], state="running", environment={"energy_counters": ["NVML"]}
+    )
+    report_of(tmp_path)
+    assert "no reading of NVML yet" in words(tmp_path)
+    assert "no energy counter" not in words(tmp_path).lower()
+
+
+def test_crossover_and_mixing_penalty_are_those_worked_out_by_hand(tmp_path: Path) -> None:
+    two_arms(tmp_path, traces=TRACES)
+    traces = read(tmp_path).runs[0].traces
+    assert traces is not None
+    forward, curve = traces.curves
+    # After three evaluations 0.1 is below 0.25 and stays below; after two, 0.6 is above 0.5. Straight in the logarithm
+    # between: log 1.2 of log 1.2 + log 2.5.
+    crossing = crossover_by_evaluations(curve, forward)
+    assert crossing is not None
+    assert crossing == pytest.approx((2.16596, 0.44567), rel=1e-4)
+    # At 40 ms 0.1 is below 0.125; at 30 ms it is at 0.6 / 6^(4/14) = 0.3596, above 0.25.
+    crossing = crossover_by_seconds(curve, forward)
+    assert crossing is not None
+    assert crossing == pytest.approx((0.0361965, 0.162707), rel=1e-4)
+    assert mixing_penalty(curve, forward) == pytest.approx(0.004)  # 14 ms against 10
+    (figure,) = [one for one in figures_of(compare(read(tmp_path))) if one.key == "residual"]
+    assert isinstance(figure, Figure)
+    bracket = figure.panels[0].brackets[0]
+    assert (bracket.x0, bracket.x1) == (40, 54)  # ms after four evaluations, as far as both go
+    assert "+4 ms an iteration (+40 %)" in bracket.text
+    assert figure.panels[0].marks[0].text == "crossover: 1.6e-01<br>at 36.2 ms"
+
+
+def test_two_baselines_in_one_trace_are_both_named_and_neither_is_compared(tmp_path: Path) -> None:
+    second = trace("forward iteration, as the tutorial writes it", True, [0.02, 0.04], [1, 0.5])
+    write_run(tmp_path / "0_a", config_of("Anderson", 0), ANDERSON[0], traces=[*TRACES, second])
+    comparison = compare(read(tmp_path))
+    assert [one.solver for one in comparison.trades] == ["Anderson m = 5"]
+    (figure,) = [one for one in figures_of(comparison) if one.key == "residual"]
+    assert isinstance(figure, Figure)
+    assert len({style.entry for style in figure.legend if style.entry.endswith("(baseline)")}) == 2
+    assert len(figure.panels[0].lines) == 3
+
+
+def test_a_solver_that_does_not_stay_below_has_no_crossover() -> None:
+    forward = Trace("f", "forward", True, [1, 2, 3], [1, 2, 3], [1, 0.5, 0.1], [1, 1, 1], [1, 1, 1])
+    curve = Trace("a", "anderson", False, [1, 2, 3], [1, 2, 3], [1, 0.4, 0.2], [1, 1, 1], [1, 1, 1])
+    assert crossover_by_evaluations(curve, forward) is None
+    assert crossover_by_seconds(curve, forward) is None
+
+
+def test_runs_that_did_not_finish_are_named_and_count_in_no_number(tmp_path: Path) -> None:
+    two_arms(tmp_path)
+    failed = write_run(
+        tmp_path / "4_a", config_of("Anderson", 2), [(1, 0.99, 1)], state="failed", error="the loss is NaN"
+    )
+    going = write_run(tmp_path / "5_a", config_of("Anderson", 3), [(1, 0.99, 1)], state="running", summary=False)
+    with (going / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "test/accu')  # just being written
+    stopped = write_run(tmp_path / "6_a", config_of("Anderson", 4), [(1, 0.99, 1)], state="interrupted")
+    (stopped / "checkpoint.pt").touch()
+    killed = write_run(tmp_path / "7_a", config_of("Anderson", 5), [(1, 0.99, 1)], state="running", summary=False)
+    for file in killed.iterdir():
+        os.utime(file, (time.time() - 7200,) * 2)
+    (tmp_path / "8_a").mkdir()
+    (tmp_path / "8_a" / "config.yaml").write_text("solver: {_target_: [")
+    (tmp_path / "8_a" / "metrics.jsonl").touch()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "config.yaml").write_text("no: run")
+    jobs = [{"number": number, "overrides": [f"seed={number}"]} for number in range(10)]
+    (tmp_path / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+    report = report_of(tmp_path)
+    assert arm(report, "Anderson")["numbers"]["test_accuracy_best"]["high"] == 0.92
+    assert (arm(report, "Anderson")["runs"], arm(report, "Anderson")["counted_runs"]) == (6, 2)
+    told = {gap["what"].split(" ")[0].rstrip(":"): gap for gap in report["missing"]}
+    assert told.keys() == {"4_a", "5_a", "6_a", "7_a", "8_a", "job"}
+    assert told["4_a"]["what"] == f"{failed.name}: failed at step 10 of 30: the loss is NaN"
+    assert told["5_a"]["what"] == "5_a: running, step 10 of 30"
+    assert told["6_a"]["command"] == f"python train.py resume={tmp_path}"  # that of its sweep
+    assert "wrote nothing for 120 minutes: probably killed" in told["7_a"]["what"]
+    assert "config.yaml cannot be read" in told["8_a"]["what"]
+    assert told["job"]["what"] == "job planned, not begun yet: 9 (seed=9)"  # the sweep goes on
+    assert told["job"]["command"] is None
+    for gap in report["missing"]:
+        assert gap["what"] in words(tmp_path)
+
+
+def test_jobs_that_a_stopped_sweep_did_not_begin_have_the_command_that_goes_on_with_it(tmp_path: Path) -> None:
+    two_arms(tmp_path)
+    jobs = [{"number": number, "overrides": ["epochs=3", f"seed={number}"]} for number in range(6)]
+    (tmp_path / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+    (gap,) = report_of(tmp_path)["missing"]
+    assert gap["what"] == "2 jobs planned, not begun: 4 (seed=4), 5 (seed=5)"
+    assert gap["command"] == f"python train.py resume={tmp_path}"
+
+
+def test_an_arm_without_a_finished_run_is_shown_as_unfinished(tmp_path: Path) -> None:
+    write_run(tmp_path / "0_f", config_of("Forward", 0), FORWARD[0])
+    write_run(tmp_path / "1_a", config_of("Anderson", 0), ANDERSON[0][:2], state="running", summary=False)
+    report = report_of(tmp_path)
+    assert arm(report, "Anderson")["unfinished"]
+    assert "Anderson (unfinished)" in words(tmp_path)
+    assert "so far" in report["headline"]
+
+
+def test_a_run_that_was_resumed_elsewhere_is_not_missing(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "0_a", config_of("Anderson", 0), ANDERSON[0][:1], state="interrupted")
+    write_run(tmp_path / "1_a", config_of("Anderson", 0, resume=str(first)), ANDERSON[0])
+    report = report_of(tmp_path)
+    assert report["missing"] == []
+    assert (report["arms"][0]["runs"], report["arms"][0]["counted_runs"]) == (2, 1)
+
+
+def test_folders_of_earlier_versions_are_told_by_their_files(tmp_path: Path) -> None:
+    write_run(tmp_path / "0_done", config_of("Anderson", 0), ANDERSON[0], state=None)
+    write_run(tmp_path / "1_killed", config_of("Anderson", 1), ANDERSON[1][:1], state=None, summary=False)
+    write_run(tmp_path / "2_stopped", config_of("Anderson", 2), ANDERSON[1][:2], state=None)
+    assert [run.state for run in read(tmp_path).runs] == ["finished", "unfinished", "unfinished"]
+
+
+def test_rows_within_an_epoch_are_weighted_by_their_steps(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "0_a", config_of("Anderson", 0), [], state="running")
+    rows: list[dict[str, Any]] = [
+        {"step": 50, "epoch": 1, "solver/forward_evaluations": 10.0, "solver/backward_evaluations": 4.0},
+        {"step": 60, "epoch": 1, "solver/forward_evaluations": 16.0, "solver/backward_evaluations": None},
+    ]
+    rows[1] |= {"test/accuracy": 0.5, "time/train_s": 3.0}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (evaluation,) = read(tmp_path).runs[0].evaluations
+    assert evaluation.get("solver/forward_evaluations") == 11.0  # (50·10 + 10·16) / 60
+    assert evaluation.get("solver/backward_evaluations") is None  # one part was not finite
+    with pytest.raises(ValueError, match="solver/evaluations"):
+        evaluation.get("solver/evaluations")
+
+
+def test_rows_that_are_not_finite_or_not_rows_do_no_harm(tmp_path: Path) -> None:
+    extra = {"solver/forward_evaluations": [None, 12.0, 13.0], "energy/train_tflop": [None, None, None]}
+    folder = write_run(tmp_path / "0_a", config_of("Anderson", 0), ANDERSON[0], extra=extra, state=None)
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(f"[1, 2]\n\x00{text}")
+    (folder / "environment.json").write_text("{")
+    (folder / "traces.json").write_text("{")
+    report = report_of(tmp_path)
+    assert report["arms"][0]["numbers"]["test_accuracy_best"]["median"] == 0.80
+    assert sum("cannot be read" in one for one in report["warnings"]) == 2
+
+
+@pytest.mark.parametrize("content", [[], ["config.yaml"]])
+def test_a_folder_without_runs_ends_in_one_sentence(
+    tmp_path: Path, content: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in content:
+        (tmp_path / name).touch()
+    assert main([str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"error: {tmp_path} holds no run that can be read")
+    assert not (tmp_path / "report").exists()
+    assert main([str(tmp_path / "nowhere")]) == 2
+
+
+def test_a_report_can_be_made_of_one_run_and_of_runs_at_any_depth(tmp_path: Path) -> None:
+    sweep = two_arms(tmp_path / "2026-01-31" / "12-00-00_sweep")
+    wandb = sweep / "2_solver-anderson" / "wandb" / "offline-run-1" / "files"
+    wandb.mkdir(parents=True)
+    for name in ("config.yaml", "metrics.jsonl"):
+        shutil.copy(sweep / "2_solver-anderson" / name, wandb)
+    assert len(report_of(tmp_path)["runs"]) == 4
+    assert len(report_of(tmp_path)["runs"]) == 4  # the report's own folder is none of them
+    assert len(report_of(sweep / "2_solver-anderson")["runs"]) == 1
+
+
+def test_different_versions_and_machines_are_warned_of(tmp_path: Path) -> None:
+    two_arms(tmp_path)
+    other = {"code_version": "def456-dirty", "machine": {"cpu": "Arm", "cpu_threads": 8, "gpu": None, "torch": "2.11"}}
+    write_run(tmp_path / "4_a", config_of("Anderson", 2), ANDERSON[0], environment=other)
+    told = "\n".join(report_of(tmp_path)["warnings"])
+    for text in ("abc123, def456-dirty", "Arm, 8 threads", "2.11, 2.14", "no baseline run with seed 2"):
+        assert text in told
+    assert "changes that are in no commit" in told
+
+
+def test_window_against_beta_is_a_map_of_seconds_to_the_target(tmp_path: Path) -> None:
+    write_run(tmp_path / "0_f", config_of("Forward", 0), FORWARD[0])
+    number = 1
+    for window in (2, 10):
+        for beta in (0.5, 1.0):
+            if (window, beta) != (10, 0.5):
+                points = [(window + beta, 0.9 if window == 2 or beta == 1 else 0.1, 1.0)]
+                write_run(tmp_path / f"{number}_a", config_of("Anderson", 0, window=window, beta=beta), points)
+                number += 1
+    write_run(tmp_path / "9_a", config_of("Anderson", 0, window=10, beta=0.5), [(9, 0.1, 1)])
+    figure, counts = [one for one in figures_of(compare(read(tmp_path))) if one.key.startswith("window-beta")]
+    assert isinstance(counts, Figure)
+    assert isinstance(figure, Figure)
+    heat = figure.panels[0].heat
+    assert heat is not None
+    assert (heat.x, heat.y) == (["2", "10"], ["0.5", "1"])
+    assert heat.values == [[2.5, None], [3.0, 11.0]]
+    assert heat.texts[0][1] == "1 of 1 never"
+    # Where the target is never reached, there still are evaluations: those that write_run gives a first row.
+    both = counts.panels[0].heat
+    assert both is not None
+    assert both.values == [[18.0, 18.0], [18.0, 18.0]]
+    assert both.texts[0][1] == "10.0 + 8.0"
+
+
+def test_the_papers_table_is_for_cifar10_alone_and_states_the_conditions(tmp_path: Path) -> None:
+    data = {"_target_": "deq.data.cifar10", "augment": "none", "root": "/any", "train_size": 5000, "test_size": None}
+    for kind, points in (("Forward", FORWARD[0]), ("Anderson", ANDERSON[0])):
+        write_run(tmp_path / "c" / f"0_{kind}", config_of(kind, 0, data=data), points)
+        write_run(tmp_path / "d" / f"0_{kind}", config_of(kind, 0), points)
+        folder = data | {"_target_": "deq.data.image_folder", "root": "/data/CIFAR-10-images", "image_size": None}
+        write_run(tmp_path / "i" / f"0_{kind}", config_of(kind, 0, data=folder), points)
+    paper = report_of(tmp_path / "c")["paper"]
+    assert [row[1:] for row in paper] == [
+        ["2x to 8.6x", "2.50x"],
+        ["50 % to 88 %", "75 %"],
+        ["64.7 % → 96.3 %", "70.00 % → 75.00 %"],
+        ["64.2 % → 79.1 %", "80.00 % → 80.00 %"],
+        ["12,000 s → 1,400 s", "30.0 s → 12.0 s"],
+    ]
+    assert "AMD EPYC; 5,000 training images; 30 steps; 3 epochs" in words(tmp_path / "c")
+    assert report_of(tmp_path / "d")["paper"] is None
+    assert report_of(tmp_path / "i")["paper"] is not None
+
+
+def test_of_many_arms_the_fastest_have_colours_and_none_is_left_out(tmp_path: Path) -> None:
+    write_run(tmp_path / "0_f", config_of("Forward", 0), FORWARD[0])
+    for number in range(36):
+        points = [(1.0 + number, 0.9, 1.0)]
+        write_run(tmp_path / f"{1 + number}_a", config_of("Anderson", 0, window=1 + number), points)
+    comparison = compare(read(tmp_path))
+    styles = styles_of(comparison)
+    others = [styles[id(one.arm)] for one in comparison.arms if not one.arm.is_baseline]
+    assert sum(not style.faint for style in others) == MOST_COLOURED - 1
+    assert not any(style.faint for style in others[: MOST_COLOURED - 1])  # sorted by window, and so by speed
+    assert len({style.colour for style in others if not style.faint}) == MOST_COLOURED - 1
+    accuracy = figures_of(comparison)[0]
+    assert isinstance(accuracy, Figure)
+    assert len(accuracy.panels[0].lines) == 37
+    assert [style.entry for style in accuracy.legend if style.faint] == ["30 other arms"]
+    for table in tables.text_of(comparison).main:
+        assert len(table.rows) == 37
+
+
+def test_a_figure_without_data_is_a_sentence_and_a_command(tmp_path: Path) -> None:
+    two_arms(tmp_path, traces=TRACES)
+    report_of(tmp_path)
+    assert (tmp_path / "report" / "residual.png").exists()
+    for file in tmp_path.glob("*/traces.json"):
+        file.unlink()
+    report_of(tmp_path)
+    assert not (tmp_path / "report" / "residual.png").exists()  # nothing of an earlier report stays
+    missing = {one.key: one for one in figures_of(compare(read(tmp_path))) if isinstance(one, Missing)}
+    assert missing.keys() == {"residual", "window-beta"}
+    for one in missing.values():
+        assert one.command is not None
+        assert one.sentence in words(tmp_path)
+        assert one.command in words(tmp_path)
+
+
+def test_names_of_folders_and_errors_are_text_and_not_html(tmp_path: Path) -> None:
+    write_run(tmp_path / "0_f", config_of("Forward", 0), FORWARD[0], state="failed", error="<script>alert(1)</script>")
+    report_of(tmp_path)
+    assert "<script>alert(1)" not in (tmp_path / "report" / "report.html").read_text()
+    assert "&lt;script&gt;alert(1)" in (tmp_path / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("width", [0, 1, 20, 40, 80, 200])
+def test_the_terminal_shows_the_main_table_in_few_columns_and_every_number_whole(
+    tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    report_of(two_arms(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"report: {tmp_path / 'report' / 'report.html'}"
+    assert max(len(line) for line in lines[:-1]) <= max(80, min(width, 100))  # a narrower terminal breaks them itself
+    (row,) = [line for line in lines if line.startswith("Anderson  ")]
+    assert row.split() == ["Anderson", "2", "86.00", "13.5", "12.0/10.0", "9.00", "2.75x", "62", "%"]
+
+
+def test_only_names_of_the_one_list_are_read() -> None:
+    groups = "|".join(sorted({name.partition("/")[0] for name in metrics.NAMES}))
+    found = set()
+    for file in PACKAGE.glob("*.py"):
+        found |= set(re.findall(rf'"((?:{groups})/[^"]+)"', file.read_text()))
+        # A name put together from parts could not be checked so.
+        assert not re.search(rf'f"(?:{groups})/', file.read_text()), file
+    assert {"test/accuracy", "time/train_s", "energy/train_tflop"} <= found
+    assert found <= metrics.NAMES.keys()
+
+
+def test_the_report_is_quick_since_it_imports_no_torch() -> None:
+    code = "import sys, deq.report.__main__ as m; sys.exit('torch' in sys.modules or not callable(m.main))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+class Drawn(html.parser.HTMLParser):
+    """What a browser made of each plot: id of its element → number of curves, bars and images in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.marks: dict[str, int] = {}
+        self.fetched: list[str] = []
+        self._plot, self._depth = "", 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        kinds = values.get("class", "").split()
+        if tag == "div" and "plot" in kinds:
+            self._plot, self._depth = values["id"], 0
+            self.marks[self._plot] = 0
+        if tag == "div" and self._plot:
+            self._depth += 1
+        drawn = (tag == "path" and "d" in values and {"js-line", "point"} & set(kinds)) or tag == "image"
+        self.marks[self._plot] = self.marks.get(self._plot, 0) + bool(drawn)
+        if tag == "path" and self._bar and "d" in values:
+            self.marks[self._plot] += 1
+        self._bar = tag == "g" and "point" in kinds
+        for name in ("src", "href", "xlink:href"):
+            if re.match(r"(https?:)?//", values.get(name, "")):
+                self.fetched.append(values[name])
+
+    _bar = False
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "div" and self._plot:
+            self._depth -= 1
+            if self._depth == 0:
+                self._plot = ""
+
+
+def browse(page: Path, profile: Path) -> tuple[str, list[str]]:
+    """The page's elements once it has settled, and what it wrote on the console."""
+    assert BROWSER is not None
+    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
+    command += [f"--user-data-dir={profile}", "--virtual-time-budget=5000", "--dump-dom", page.as_uri()]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=90)
+    return run.stdout, [line for line in run.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome to open the page")
+def test_the_page_opens_in_a_browser_draws_every_figure_and_fetches_nothing(tmp_path: Path) -> None:
+    sweep = two_arms(tmp_path / "sweep", traces=TRACES)
+    for seed in (0, 1):
+        for number, (window, beta) in enumerate(((5, 0.5), (2, 0.5), (2, 1.0))):
+            config = config_of("Anderson", seed, window=window, beta=beta)
+            write_run(sweep / f"{10 * (seed + 1) + number}_a", config, ANDERSON[seed])
+    report_of(sweep)
+    figures = figures_of(compare(read(sweep)))
+    assert all(isinstance(one, Figure) for one in figures)
+    content, console = browse(sweep / "report" / "report.html", tmp_path / "profile")
+    assert console == []
+    drawn = Drawn()
+    drawn.feed(content[content.index("<body") :])
+    drawn.marks.pop("", None)
+    panels = {f"{one.key}-panel-{n}" for one in figures if isinstance(one, Figure) for n in range(len(one.panels))}
+    assert drawn.marks.keys() == panels
+    assert min(drawn.marks.values()) > 0, drawn.marks
+    assert drawn.fetched == []
+    assert not re.search(r'<(?:script|link|img)[^>]+(?:src|href)="(?!data:)', content)
+    # A click on the legend takes the baseline's curve, band and points away.
+    clicked = sweep / "report" / "clicked.html"
+    click = '<script>setTimeout(() => document.querySelector("#accuracy .legend button").click(), 500)</script>'
+    clicked.write_text((sweep / "report" / "report.html").read_text().replace("</body>", f"{click}</body>"))
+    content, console = browse(clicked, tmp_path / "profile")
+    assert console == []
+    without = Drawn()
+    without.feed(content[content.index("<body") :])
+    assert without.marks["accuracy-panel-0"] < drawn.marks["accuracy-panel-0"]
+    assert without.marks["evaluations-panel-0"] == drawn.marks["evaluations-panel-0"]
+    # A page that fails is seen to fail.
+    broken = tmp_path / "broken.html"
+    broken.write_text('<div class="plot" id="a"></div><script>Plotly.newPlot("a")</script>')
+    content, console = browse(broken, tmp_path / "profile")
+    drawn = Drawn()
+    drawn.feed(content)
+    assert (drawn.marks["a"], len(console)) == (0, 1)
+
+
+def test_plotly_knows_every_attribute_and_every_figure_is_a_png(tmp_path: Path) -> None:
+    from plotly import graph_objects
+
+    sweep = two_arms(tmp_path, traces=TRACES)
+    for number, (window, beta) in enumerate(((5, 0.5), (2, 0.5), (2, 1.0))):
+        write_run(sweep / f"{10 + number}_a", config_of("Anderson", 0, window=window, beta=beta), ANDERSON[0])
+    report_of(sweep, draw=True)
+    figures = figures_of(compare(read(sweep)))
+    for figure in figures:
+        assert isinstance(figure, Figure)
+        for panel in figure.panels:
+            graph_objects.Figure(plot_of(panel))  # raises ValueError for a name that plotly does not have
+            assert panel.x_title
+            assert panel.y_title or panel.bars
+        assert figure.title
+        assert figure.caption
+        assert (sweep / "report" / f"{figure.key}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_real_sweep_is_reported_on(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "HYDRA_"))}
+    environment |= {"PYTHONPATH": str(ROOT), "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
+    knobs = ["experiment=smoke", "data.train_size=100", "data.test_size=20", "batch_size=25", "probe=null"]
+    train = [sys.executable, str(ROOT / "train.py"), "-m", "solver=anderson,forward", "window=2", *knobs]
+    run = subprocess.run(
+        [*train, "hydra.sweep.dir=sweep"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    report = subprocess.run(
+        [sys.executable, "-m", "deq.report", "sweep", "--out", "here"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (report.returncode, report.stderr) == (0, "")
+    assert "report: here/report.html" in report.stdout
+    content = json.loads((tmp_path / "here" / "report.json").read_text())
+    assert [one["label"] for one in content["arms"]] == ["forward iteration", "Anderson"]
+    assert {one["state"] for one in content["runs"]} == {"finished"}
+    page = (tmp_path / "here" / "report.html").read_text()
+    (link,) = re.findall(r'href="(\.\./sweep/0_[^"]+)"', page)
+    assert (tmp_path / "here" / link / "config.yaml").is_file()
+
+
+def test_now_is_a_moment_in_utc() -> None:
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", runs.now())

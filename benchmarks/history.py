@@ -2,8 +2,8 @@
 
     python -m benchmarks.history --cell CELL.npz [CELL.npz ...]
 
-The update is written out here in plain PyTorch (float32 state, weights by ``deq.kernels.naive`` in float64), so that forms
-the library does not have can be tried beside the one that it has:
+The update is written out here in plain PyTorch (float32 state, weights by ``deq.kernels.naive`` in float64), so that
+forms the library does not have can be tried beside the one that it has:
 
 - ``residual rows``: g_i rounded, y_i not. ``AndersonWindow(history_dtype=torch.bfloat16)``.
 - ``both rows``: g_i and y_i rounded.

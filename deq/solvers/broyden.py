@@ -29,8 +29,8 @@ class Broyden(Solver):
 
     From the second iteration on an iteration costs one evaluation of f and three passes over ``memory`` rows, in plain
     PyTorch. The memory is 2 ``memory`` B d elements, in float32 at least. It is not that of a
-    :class:`deq.kernels.AndersonWindow`: steps of a slow iteration, taken as differences of rows y_i and g_i, would be lost
-    in their rounding, and the Gram matrix there holds no product of a step with a residual.
+    :class:`deq.kernels.AndersonWindow`: steps of a slow iteration, taken as differences of rows y_i and g_i, would be
+    lost in their rounding, and the Gram matrix there holds no product of a step with a residual.
 
     Args:
         memory: pairs (s_i, y_i) kept, at least 1.

@@ -28,8 +28,8 @@ class Anderson(Solver):
         ridge: strength of the regularisation; default 1e-6 for ``scaled``, 1e-4 for ``absolute``.
         adaptive: let each sample lengthen or shorten its steps by what the last one brought, drop rows that were taken
             where the map has another slope, and step forward out of a stall; see :class:`deq.kernels.AndersonWindow`.
-            Off, it is the method of the textbooks. Default: on where ``scaled``, off where ``absolute``, which is there to
-            compare and cannot adapt.
+            Off, it is the method of the textbooks. Default: on where ``scaled``, off where ``absolute``, which is there
+            to compare and cannot adapt.
         history_dtype: ``bfloat16`` keeps the residual rows of a float32 state in half the memory and traffic, see
             :class:`deq.kernels.AndersonWindow`; default: the state's.
         backend: ``auto``, ``triton``, ``native`` or ``torch``.

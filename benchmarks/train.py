@@ -22,7 +22,7 @@ from deq.data import Batches
 from deq.layer import Implicit
 from deq.models import EquilibriumClassifier
 from deq.solvers import Anderson, Forward, Solver
-from deq.solvers.base import Stop
+from deq.solvers.solver import Stop
 
 
 def measure(solver: Solver, cuda_graph: bool, options: argparse.Namespace) -> list[str]:

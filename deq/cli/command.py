@@ -45,7 +45,7 @@ from deq.records import tracker as tracking
 from deq.records.errors import UserError, first_line, in_yaml, in_yaml_too, values_of_the_user
 from deq.records.files import shown
 from deq.solvers import Solver
-from deq.solvers.base import Stop
+from deq.solvers.solver import Stop
 from deq.terminal import MISTAKE, Streams, end, tell
 from deq.training import checkpoint
 from deq.training.interrupt import Interrupted

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from deq.kernels.tracing import refuse_batched_gradients
-from deq.solvers.base import Solution, Solver
+from deq.solvers import Solution, Solver
 from deq.solvers.map import FixedPointMap, Restrict
 from deq.solvers.scaling import power_of_two_of_batch
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from deq.kernels.state import accumulator_dtype
 from deq.layer.gradients import adjoint_map, recorded
 from deq.layer.held import VariationalDropout
-from deq.solvers.base import State
 from deq.solvers.map import FixedPointMap
+from deq.solvers.solution import State
 from deq.solvers.state import Coordinates
 
 __all__ = [

@@ -25,7 +25,7 @@ from deq.kernels import residual_norm
 from deq.layer import DEQ, Equilibrium, Implicit
 from deq.layer.gradients import adjoint_map, recorded
 from deq.solvers import Outcome, Solution, Solver
-from deq.solvers.base import Iteration
+from deq.solvers.iteration import Iteration
 from deq.solvers.map import FixedPointMap, Restrict
 from deq.solvers.state import Nest
 

@@ -3,8 +3,9 @@
 from deq.kernels import Outcome
 
 from .anderson import Anderson
-from .base import Solution, Solver
 from .broyden import Broyden
 from .forward import Forward
+from .solution import Solution
+from .solver import Solver
 
 __all__ = ["Anderson", "Broyden", "Forward", "Outcome", "Solution", "Solver"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from deq.kernels import AndersonWindow, BackendName, Regularization
 from deq.kernels.window import validate_window
 
-from .base import Solver
+from .solver import Solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Anderson(Solver):
     Args:
         window: m, at least 1 (1 is the damped forward iteration).
         beta: mixing parameter in (0, 1]; 1 mixes the values f_i, smaller values pull towards the iterates x_i.
-        tol, atol, max_iter, stop, compact, check_every, patience: see :class:`~deq.solvers.base.Solver`.
+        tol, atol, max_iter, stop, compact, check_every, patience: see :class:`~deq.solvers.Solver`.
         regularization: ``scaled`` (unaffected by the scale of f) or ``absolute`` (what TorchDEQ and jaxopt do).
         ridge: strength of the regularisation; default 1e-6 for ``scaled``, 1e-4 for ``absolute``.
         adaptive: let each sample lengthen or shorten its steps by what the last one brought, drop rows that were taken
@@ -108,7 +108,7 @@ class _AndersonIteration:
 
     @property
     def stalled(self) -> Tensor:
-        """(B,) float64, see :class:`~deq.solvers.base.Iteration`."""
+        """(B,) float64, see :class:`~deq.solvers.iteration.Iteration`."""
         return self._window.stalled
 
     def step(self, x: Tensor, fx: Tensor, index: Tensor | None) -> Tensor:

@@ -29,7 +29,9 @@ from deq.kernels.state import PATIENCE
 from .map import FixedPointMap, Restrict, evaluate, random_state
 
 if TYPE_CHECKING:
-    from .base import Iteration, Solution, Solver
+    from .iteration import Iteration
+    from .solution import Solution
+    from .solver import Solver
 
 _ROUNDING = 8.0
 """Units of rounding of a dtype within which two sums of the same numbers are the same."""
@@ -130,7 +132,7 @@ class Look:
         return Look(residual, converged.all(), converged.any(), lost.any())
 
     def read(self) -> list[bool]:
-        """whole, told and lost. Waits for the device, as :class:`~deq.solvers.base.MovingSamples` does."""
+        """whole, told and lost. Waits for the device, as :class:`~deq.solvers.iteration.MovingSamples` does."""
         flags = torch.stack([self.whole, self.told, self.lost])
         if flags.device.type == "cuda":
             here, event = torch.empty(3, dtype=torch.bool, pin_memory=True), torch.cuda.Event()

@@ -10,8 +10,9 @@ from torch import Tensor
 from deq.kernels.state import accumulator_dtype
 from deq.kernels.window import is_whole
 
-from .base import Books, Solver
+from .iteration import Books
 from .scaling import power_of_two_norm
+from .solver import Solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Broyden(Solver):
 
     Args:
         memory: pairs (s_i, y_i) kept, at least 1.
-        tol, atol, max_iter, stop, compact, check_every, patience: see :class:`~deq.solvers.base.Solver`.
+        tol, atol, max_iter, stop, compact, check_every, patience: see :class:`~deq.solvers.Solver`.
 
     Raises:
         ValueError: for an option outside its limits.

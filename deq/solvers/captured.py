@@ -20,12 +20,13 @@ from torch import Tensor
 
 from deq.kernels.state import on_device
 
-from .base import MovingSamples, Solution
 from .batch import Log, Look, conclude
+from .iteration import MovingSamples
 from .map import FixedPointMap, evaluate
+from .solution import Solution
 
 if TYPE_CHECKING:
-    from .base import Solver
+    from .solver import Solver
 
 Work = Callable[[], None]
 """Launches on tensors that stay where they are."""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from deq.kernels.window import validate_beta
 
-from .base import Books, Solver
+from .iteration import Books
+from .solver import Solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class Forward(Solver):
 
     Args:
         beta: damping in (0, 1]; 1 is the plain iteration ``x_next = f(x)``.
-        tol, atol, max_iter, stop, compact, check_every, patience: see :class:`~deq.solvers.base.Solver`.
+        tol, atol, max_iter, stop, compact, check_every, patience: see :class:`~deq.solvers.Solver`.
 
     Raises:
         ValueError: for an option outside its limits.

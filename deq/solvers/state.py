@@ -15,7 +15,7 @@ from deq.kernels.window import is_real
 from .map import validate_start, validate_value
 
 if TYPE_CHECKING:
-    from .base import Solution
+    from .solution import Solution
 
 Nest: TypeAlias = "Tensor | Sequence[Nest] | Mapping[Any, Nest]"
 """A tensor, or a tuple, named tuple, list or dict of nests."""

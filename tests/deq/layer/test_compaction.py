@@ -12,7 +12,7 @@ from benchmarks.problems import Affine, affine
 from deq import DEQ
 from deq.layer import Implicit
 from deq.solvers import Anderson, Broyden, Forward, Solver
-from deq.solvers import base as solvers_base
+from deq.solvers import solver as solver_module
 
 KINDS = pytest.mark.parametrize("kind", [Anderson, Broyden, Forward])
 
@@ -138,7 +138,7 @@ def test_a_cell_with_batch_norm_in_training_mode_is_refused_by_name() -> None:
     DEQ(Mixing(), solver=Anderson(compact=False))(torch.randn(4, 12))
 
 
-class Late(solvers_base.MovingSamples):
+class Late(solver_module.MovingSamples):
     """The GPU's way of counting, played on a CPU."""
 
     def count(self, outcome: Tensor, lost: Tensor | None = None) -> int:
@@ -155,7 +155,7 @@ def test_reading_the_flags_late_costs_one_evaluation_and_changes_no_bit(
     f = uneven()
     solver = kind(tol=1e-5, max_iter=300, stop=stop, compact=compact)  # type: ignore[arg-type]
     at_once = solver.solve(f, f.zero, restrict=restricted(f))
-    monkeypatch.setattr(solvers_base, "MovingSamples", Late)
+    monkeypatch.setattr(solver_module, "MovingSamples", Late)
     late = solver.solve(f, f.zero, restrict=restricted(f))
     assert late.evaluations == at_once.evaluations + 1
     assert torch.equal(late.iterations, at_once.iterations)

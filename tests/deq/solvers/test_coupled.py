@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from deq import DEQ
 from deq.layer import Implicit, JacobianFree, Phantom, held, jacobian_penalty, spectral_radius
 from deq.solvers import Anderson, Broyden, Forward, Outcome, Solution, Solver
-from deq.solvers import base as solvers_base
+from deq.solvers import solver as solver_module
 
 D = torch.float64
 Cell = Callable[[Tensor, Tensor], Tensor]
@@ -399,13 +399,13 @@ def test_one_that_is_given_up_may_not_take_the_word_of_the_others(solver: Solver
 def test_flags_that_are_read_late_change_nothing_of_it(
     kind: type[Solver], late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Late(solvers_base.MovingSamples):
+    class Late(solver_module.MovingSamples):
         def count(self, outcome: Tensor, lost: Tensor | None = None) -> int:
             before, self._previous = self._previous, -1 if lost is not None and lost else int((outcome == 0).sum())
             return before
 
     if late:
-        monkeypatch.setattr(solvers_base, "MovingSamples", Late)
+        monkeypatch.setattr(solver_module, "MovingSamples", Late)
     A = neighbours("ring")
     x = torch.randn(30, 1, dtype=D)
     solution = kind(tol=1e-8, max_iter=400).solve(lambda z: 0.9 * A @ z + x, torch.zeros(30, 1, dtype=D))

@@ -1,4 +1,4 @@
-"""What a solver is: an iteration, a stopping test, and an honest account of both."""
+"""What a solver is: options, a loop around the steps of its iteration, a stopping test, and an honest account."""
 
 from __future__ import annotations
 
@@ -6,176 +6,29 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
-from typing import Any, Generic, Literal, Protocol, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
-from typing_extensions import TypeVar
 
 from deq.kernels import Outcome
-from deq.kernels.state import FAR, PATIENCE, PROGRESS, accumulator_dtype, on_device, track_progress
+from deq.kernels.state import PATIENCE, on_device
 from deq.kernels.tracing import refuse_tracing, runs_as_it_is
-from deq.kernels.window import is_real, is_whole, residual_and_size, validate_patience
+from deq.kernels.window import is_real, is_whole, validate_patience
 
 from .batch import Log, Look, conclude, go_on_together, hold_to_the_batch, verify
+from .iteration import Iteration, MovingSamples
 from .map import FixedPointMap, Restrict, validate_start
-from .plotting import plot_residuals
-from .state import Coordinates, Nest, flatten, unflatten
+from .solution import Solution, State
+from .state import Coordinates
 
 Stop = Literal["max", "mean"]
-State = TypeVar("State", bound=Nest, default=Tensor)
-"""A tensor, (B, ...), or a tuple, list or dict of states: several scales of one model."""
 
+_FIRST_LOOK = 20
+"""Evaluations after which samples that stand still are looked at while others go on, and again after twice as many."""
 
-@dataclass(frozen=True, repr=False)
-class Solution(Generic[State]):
-    """What a solve found, per sample, and what it cost. All tensors are detached and on the state's device.
-
-    Example:
-        >>> import torch
-        >>> from deq.solvers import Forward
-        >>> x = torch.tensor([[1.0, 2.0], [torch.nan, 0.0]])
-        >>> solution = Forward(tol=1e-3).solve(lambda z: 0.5 * z + x, torch.zeros(2, 2), trace=True)
-        >>> solution.outcomes, solution.converged, solution.z.isfinite().all(), solution.trace.shape
-        ({'converged': 1, 'non_finite': 1}, tensor([ True, False]), tensor(True), torch.Size([10, 2]))
-    """
-
-    z: State
-    """(B, ...) the iterate of lowest relative residual still in the solver's window, or (Broyden's method) of all.
-
-    In the structure of ``z0`` where that is a nest of tensors; residuals are then those of all of them together."""
-    residual: Tensor
-    """(B,) relative residual ``||f(z) - z|| / (||f(z)|| + atol / tol)`` at ``z``; NaN or inf where f was never finite.
-
-    The same for all samples where they were solved as one system (``coupled``)."""
-    iterations: Tensor
-    """(B,) int32: evaluations of f that each sample took part in before it converged or was given up."""
-    evaluations: int
-    """Evaluations of f, batch-wide."""
-    sample_evaluations: int
-    """Evaluations of f, and checks, summed over the samples that took part in each: B x their number without
-    compaction."""
-    converged: Tensor
-    """(B,) bool: residual <= tol. With ``history_dtype=bfloat16`` both are those of rounded residual rows."""
-    outcome: Tensor
-    """(B,) uint8: why each sample stopped, an :class:`~deq.solvers.Outcome`; :attr:`outcomes` counts them by name."""
-    restarts: Tensor
-    """(B,) int32: how often an adaptive window started anew because there was no progress, or Broyden's memory was
-    full."""
-    fallbacks: Tensor
-    """(B,) int32: plain damped steps of Anderson's method, taken since a system could not be solved or f was not
-    finite; 0 for other solvers."""
-    trace: Tensor | None = None
-    """(K, B) residual after each of the K evaluations, with ``solve(..., trace=True)``."""
-    states: tuple[State, ...] = ()
-    """(B, ...) each: the iterates that ``solve(..., states_at=)`` asked for, as far as the solve came."""
-    tol: float | None = None
-    """The tolerance that the solver had."""
-    checks: int = 0
-    """Evaluations of f beside ``evaluations``, of the batch as it is returned: 1 where samples that did not converge
-    are returned beside others that did, or where the solver compacted; else 0."""
-    verified: bool = True
-    """False where ``solve(..., check=False)`` left such a check to the caller."""
-
-    @property
-    def idle_evaluations(self) -> int:
-        """Evaluations in which no sample moved: what it cost that the host looked late, or not every time."""
-        return self.evaluations - int(self.iterations.max())
-
-    @property
-    def outcomes(self) -> dict[str, int]:
-        """Samples by how they ended: ``{"converged": 30, "stagnated": 2}``, the most frequent first."""
-        counts = {name.name.lower(): int((self.outcome == name).sum()) for name in Outcome}
-        return {name: count for name, count in sorted(counts.items(), key=lambda item: -item[1]) if count}
-
-    def plot(self, ax: Any | None = None, *, label: str | None = None) -> Any:
-        """Draws the relative residual against evaluations of f, on a log axis; needs ``solve(..., trace=True)``.
-
-        The line is the median over the samples, the band reaches from the 10th to the 90th percentile, the dashed line
-        is the tolerance. Samples that were given up are left out. Several solutions share one axis: ::
-
-            ax = None
-            for solver in (Anderson(), Forward()):
-                ax = solver.solve(f, z0, trace=True).plot(ax, label=type(solver).__name__)
-
-        The solve of a DEQ layer is drawn by doing it again: ``solver.solve(layer.equilibrium(x).f, z0, trace=True)``.
-
-        Args:
-            ax: a matplotlib axis to draw on; default: that of a new figure.
-            label: for the legend.
-
-        Returns: the axis.
-
-        Raises:
-            ValueError: for a solution without a trace.
-            ImportError: if matplotlib is not installed.
-        """
-        return plot_residuals(self.trace, self.tol, ax, label)
-
-    def __repr__(self) -> str:
-        count, total = int(self.converged.sum()), self.converged.numel()
-        others = "".join(
-            f", {number} {'at ' if name == 'max_iter' else ''}{name}"
-            for name, number in self.outcomes.items()
-            if name != "converged"
-        )
-        leaves, skeleton = flatten(self.z, "z")
-        shapes = unflatten(skeleton, [tuple(leaf.shape) for leaf in leaves])
-        return (
-            f"Solution({count} of {total} converged{others}, {self.evaluations} evaluations, "
-            f"iterations {_spread(self.iterations.float(), '.0f')}, residual {_spread(self.residual, '.1e')}, "
-            f"z {shapes} {leaves[0].dtype})"
-        )
-
-
-def _spread(values: Tensor, form: str) -> str:
-    """Smallest to largest, or to nan if there is one."""
-    low, high = values.nan_to_num(math.inf, math.inf, -math.inf).min().item(), values.max().item()
-    return f"{high:{form}}" if low in (high, math.inf) else f"{low:{form}} to {high:{form}}"
-
-
-class Iteration(Protocol):
-    """The state of one solve; made anew for each."""
-
-    @property
-    def residual(self) -> Tensor:
-        """(B,) relative residual of the x last given."""
-
-    @property
-    def outcome(self) -> Tensor:
-        """(B,) uint8: 0 for a sample that moves, else the :class:`Outcome` for which it is left alone from now on."""
-
-    @property
-    def stalled(self) -> Tensor:
-        """(B,): steps since the relative residual last fell by a twentieth."""
-
-    @property
-    def restarts(self) -> Tensor:
-        """(B,) int32: see :class:`Solution`."""
-
-    @property
-    def fallbacks(self) -> Tensor:
-        """(B,) int32: see :class:`Solution`."""
-
-    @property
-    def iterations(self) -> Tensor:
-        """(B,) int32: steps that each sample took part in."""
-
-    def step(self, x: Tensor, fx: Tensor, index: Tensor | None) -> Tensor:
-        """Takes x and f(x) into account; returns the next iterate: x itself for samples that stand still after it
-        (``outcome``). May write into x, never into fx.
-
-        x, fx: (n, d), those of the samples in ``index``, (n,) int64, or (B, d) where it is None.
-        """
-
-    def best(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The iterate of lowest residual, sample by sample, (B, d), and that residual, (B,).
-
-        x: (B, d), what the last step that a sample took part in returned for it; may be overwritten.
-        """
-
-    def reset(self) -> None:
-        """As new, in the same memory."""
+_COMPACT_AT = 0.75
+"""Share of the samples last evaluated at which the others are left out: a new batch size costs f something, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -460,95 +313,6 @@ class Solver(ABC):
         moving = outcome == 0
         met = torch.where(moving, residual, 0.0).sum() / moving.sum() <= self.tol
         outcome.masked_fill_(moving & met, Outcome.MEAN_MET)
-
-
-class Books:
-    """What iterations without an :class:`deq.kernels.AndersonWindow` keep of every sample."""
-
-    def __init__(self, x: Tensor, solver: Solver) -> None:
-        self._solver = solver
-        batch_size = x.shape[0]
-        self.residual = torch.full((batch_size,), torch.inf, dtype=accumulator_dtype(x.dtype), device=x.device)
-        self.lowest = self.residual.clone()
-        self._size = torch.full_like(self.residual, torch.inf, dtype=torch.float64)
-        self.outcome = torch.zeros(batch_size, dtype=torch.uint8, device=x.device)
-        self.iterations, self.stalled, self.restarts, self.fallbacks = torch.zeros(
-            4, batch_size, dtype=torch.int32, device=x.device
-        )
-
-    def enter(self, x: Tensor, fx: Tensor, index: Tensor | None) -> Tensor:
-        """Takes an evaluation, x and fx (n, d), into account; returns which of these samples stay at x, (n,) bool."""
-        part = slice(None) if index is None else index
-        solver, before = self._solver, self.outcome[part]
-        active = before == 0
-        self.iterations[part] += active
-        residual, size = residual_and_size(x, fx, solver.floor)
-        residual = torch.where(active, residual, self.residual[part])
-        self.residual[part] = residual
-        lowest, stalled = track_progress(residual, self.lowest[part], self.stalled[part])
-        # A sample on its way to zero makes progress, too, though its relative residual stays.
-        stalled.masked_fill_(size < PROGRESS * self._size[part], 0)
-        self._size[part] = torch.where(stalled == 0, size, self._size[part])
-        self.lowest[part], self.stalled[part] = lowest, stalled
-        # Few operations: where f is cheap, each of them is felt.
-        given_up = (stalled >= solver.patience) & (lowest > FAR) if solver.patience else torch.zeros_like(active)
-        now = given_up.to(before.dtype).mul_(Outcome.DIVERGED).masked_fill_(residual.isnan(), Outcome.NON_FINITE)
-        if solver.stop == "max":
-            now.masked_fill_(residual <= solver.tol, Outcome.CONVERGED)
-        outcome = torch.where(active, now, before)
-        self.outcome[part] = outcome
-        if solver.stop == "mean":
-            # Before the step, so that what is frozen stays at the iterate that its residual belongs to.
-            solver.stop_at_mean(self.residual, self.outcome)
-            outcome = self.outcome[part]
-        return outcome != 0
-
-    def reset(self) -> None:
-        """As new, in the same memory."""
-        self.residual.fill_(torch.inf)
-        for tensor in (self.lowest, self._size):
-            tensor.fill_(torch.inf)
-        for tensor in (self.outcome, self.iterations, self.stalled, self.restarts, self.fallbacks):
-            tensor.zero_()
-
-
-_FIRST_LOOK = 20
-"""Evaluations after which samples that stand still are looked at while others go on, and again after twice as many."""
-
-_COMPACT_AT = 0.75
-"""Share of the samples last evaluated at which the others are left out: a new batch size costs f something, too."""
-
-
-class MovingSamples:
-    """How many samples still move, for the host: at once on a CPU, one iteration late on a GPU.
-
-    There the count of the iteration before is waited for, so that the device always has an iteration in hand. A late
-    count is never too low: samples freeze and stay frozen.
-    """
-
-    def __init__(self, batch_size: int, device: torch.device) -> None:
-        self._late = device.type == "cuda"
-        self._previous = batch_size
-        if self._late:
-            self._counts = torch.full((2,), batch_size, dtype=torch.int64, pin_memory=True)
-            self._events = (torch.cuda.Event(), torch.cuda.Event())
-            self._reads = 0
-
-    def count(self, outcome: Tensor, lost: Tensor | None = None) -> int:
-        """outcome: (B,) uint8, 0 for samples that move. lost, () bool: whether to say -1 instead."""
-        moving = (outcome == 0).sum()
-        if lost is not None:
-            moving = torch.where(lost, -1, moving)
-        if not self._late:
-            return int(moving)
-        now = self._reads % 2
-        self._counts[now].copy_(moving, non_blocking=True)
-        self._events[now].record()
-        self._reads += 1
-        if self._reads == 1:
-            return self._previous
-        self._events[1 - now].synchronize()
-        return int(self._counts[1 - now])
 
 
 def _put(x_all: Tensor, x: Tensor, index: Tensor | None) -> Tensor:

@@ -23,21 +23,19 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from deq.cli.command import (
+from deq.cli.build import (
     build,
     build_model,
-    claim,
-    launch,
-    objective,
     pick_device,
     refuse_corrections_out_of_reach,
     refuse_graphs_without_device,
     refuse_what_the_tutorial_lacks,
-    resume_hint,
     try_optimizer,
     try_solvers,
-    validate,
 )
+from deq.cli.command import launch, objective, resume_hint
+from deq.cli.folders import claim
+from deq.cli.limits import validate
 from deq.data import Batches, ImageData
 from deq.layer import Gradient, Implicit, StabilityLosses
 from deq.measure.crossover import Crossover

@@ -2,7 +2,7 @@
 
 Looked at before Hydra composes anything: options, the grammar of overrides, paths and deletions. Whether anything reads
 a name is known when Hydra has composed, and is looked at in ``deq/cli/composed.py``; the limits of values are those of
-``deq/cli/command.py``.
+``deq/cli/limits.py``.
 """
 
 from __future__ import annotations

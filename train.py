@@ -43,7 +43,8 @@ from deq.measure.energy import EnergyMeter, EnergyOptions
 from deq.measure.probe import SpeedupProbe
 from deq.records.errors import UserError, first_line, values_of_the_user
 from deq.records.files import shown
-from deq.records.tracker import Tracker, WandbOptions
+from deq.records.tracker import Tracker
+from deq.records.wandb_run import WandbOptions
 from deq.solvers import Solver
 from deq.training import checkpoint
 from deq.training.display import Display, described

@@ -20,7 +20,8 @@ from omegaconf import OmegaConf
 from wandb_workspaces.workspaces import internal
 
 from deq.records import dashboard, metrics
-from deq.records.tracker import Tracker, WandbOptions
+from deq.records.tracker import Tracker
+from deq.records.wandb_run import WandbOptions
 from tests import offline_run
 from tests.offline_run import OfflineRun
 from tests.test_train import TINY, python, train

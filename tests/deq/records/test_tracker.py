@@ -20,9 +20,10 @@ import wandb
 from omegaconf import OmegaConf
 from wandb.sdk import wandb_setup
 
-from deq.records import tracker as tracking
+from deq.records import wandb_run
 from deq.records.errors import UserError
-from deq.records.tracker import Tracker, WandbOptions, environment, state_of
+from deq.records.tracker import Tracker, environment, state_of
+from deq.records.wandb_run import WandbOptions
 from tests.offline_run import read
 
 OFF = WandbOptions(mode="disabled")
@@ -37,7 +38,7 @@ def _a_user_without_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pyt
         monkeypatch.setenv(name, str(tmp_path_factory.getbasetemp() / "nobody"))
     monkeypatch.delenv("NETRC", raising=False)
     for remembered in ("_unreachable", "_left_out"):
-        monkeypatch.setattr(tracking, remembered, set[str]())
+        monkeypatch.setattr(wandb_run, remembered, set[str]())
     yield
     wandb.teardown()
 
@@ -161,7 +162,7 @@ def test_mode_is_decided_without_a_prompt(
         asked.setdefault("mode", kwargs["mode"])
         raise RuntimeError("far enough")
 
-    monkeypatch.setattr(tracking, "_try_to_connect", lambda url, seconds: None)
+    monkeypatch.setattr(wandb_run, "_try_to_connect", lambda url, seconds: None)
     monkeypatch.setattr(wandb, "login", login)
     put_in_place_of_init(monkeypatch, init)
     monkeypatch.setenv("WANDB_MODE", variable)
@@ -545,7 +546,7 @@ def test_a_wandb_out_of_reach_is_told_once_and_runs_are_whole_offline(
         assert time.monotonic() - begin < 25
         # The next job of a sweep neither waits nor tells it again.
         asked: list[str] = []
-        monkeypatch.setattr(tracking, "_try_to_connect", lambda url, seconds: asked.append(url))
+        monkeypatch.setattr(wandb_run, "_try_to_connect", lambda url, seconds: asked.append(url))
         warnings += run_of_two_rows(tmp_path / "second", WandbOptions(timeout=timeout))
     assert asked == []
     (told,) = warnings

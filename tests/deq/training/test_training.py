@@ -20,7 +20,8 @@ from deq.models import EquilibriumClassifier
 from deq.records.errors import UserError
 from deq.records.machine import peak_resident_bytes, reset_peak_resident_bytes
 from deq.records.metrics import NAMES
-from deq.records.tracker import Tracker, WandbOptions
+from deq.records.tracker import Tracker
+from deq.records.wandb_run import WandbOptions
 from deq.solvers import Anderson, Solver
 from deq.training.display import Display
 from deq.training.interrupt import Interrupted

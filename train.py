@@ -152,7 +152,7 @@ def main(config: DictConfig) -> float | tuple[float, ...]:
         with contextlib.suppress(UserError):  # a disk that is full has been told of
             interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
             how = "interrupted" if interrupted else "failed"
-            tracker.finish(trainer.summary(), state=how, error=None if interrupted else first_line(error))
+            tracker.finish(trainer.account.summary(), state=how, error=None if interrupted else first_line(error))
         if isinstance(error, Interrupted):
             display.say(f"stopped by {error} at step {trainer.position.step}; go on with:\n  {resume_hint(folder)}")
         raise

@@ -8,7 +8,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,14 +21,13 @@ from deq.layer import Equilibrium, Implicit, StabilityLosses, WarmStart, correct
 from deq.measure import crossover
 from deq.measure.crossover import Crossover
 from deq.measure.energy import EnergyMeter, EnergyOptions
-from deq.measure.flops import CellFlops
 from deq.measure.probe import Comparison, SpeedupProbe
 from deq.models import EquilibriumClassifier
 from deq.models.tutorial import TutorialDEQ
 from deq.records.errors import UserError, first_line
-from deq.records.machine import peak_resident_bytes, reset_peak_resident_bytes
 from deq.records.tracker import Tracker
 from deq.solvers import Solver
+from deq.training.account import Account, Position
 from deq.training.display import Display
 from deq.training.interrupt import Interrupted, SignalWatch
 from deq.training.statistics import Sums
@@ -40,20 +38,6 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
 }
 """Name → factor on the learning rate, as a function of the share of steps done, 0 to 1."""
-
-
-@dataclass
-class Position:
-    """Where a run stands. ``epoch`` counts finished epochs, ``batch`` the batches taken of the next one."""
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    evaluated_step: int = -1
-    elapsed_s: float = 0.0
-    train_s: float = 0.0
-    test_s: float = 0.0
-    test_sample_evaluations: float = 0.0
 
 
 class Trainer:
@@ -106,12 +90,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.crossover = crossover
         self.energy = energy or EnergyMeter(EnergyOptions(measure=False), self.device, warn=display.warn)
-        self._flops: CellFlops | None = None  # once the first solve has told the state's shape
-        self._traced: dict[str, float] = {}  # what the traces at the end say
-        self.position = Position()
-        self._row_train_s = 0.0  # position.train_s at the latest row
-        self.since_row, self.in_epoch, self.in_run = Sums(), Sums(), Sums()
-        self.last_evaluation: dict[str, float] = {}
+        self.account = Account(model.deq, self.device, self.energy, tracker)
         self.comparison: Comparison | None = None
         self._starts = WarmStart(len(batches.data.train)) if warm_start else None
         factor = SCHEDULES[schedule]
@@ -125,6 +104,11 @@ class Trainer:
             cell.compile()
 
     @property
+    def position(self) -> Position:
+        """Where the run stands."""
+        return self.account.position
+
+    @property
     def _adjoint_solver(self) -> Solver | None:
         gradient = self.model.deq.gradient
         return (gradient.solver or self.model.deq.solver) if isinstance(gradient, Implicit) else None
@@ -136,10 +120,7 @@ class Trainer:
             Interrupted: a signal came; the state is saved.
             UserError: the loss is no longer finite.
         """
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            reset_peak_resident_bytes()
+        self.account.begin()
         self._began = time.perf_counter() - self.position.elapsed_s
         self._tell_status("running")
         with SignalWatch() as signals:
@@ -158,20 +139,7 @@ class Trainer:
                 raise
             finally:
                 self.display.stop()
-        return self.summary()
-
-    def summary(self) -> dict[str, float]:
-        """The run so far: accuracies of the last evaluation, means over the whole run for the solver's."""
-        run = Sums(self.in_run.values())
-        run.merge(Sums(self.since_row.values()))
-        summary = run.means() | self.last_evaluation
-        summary["time/elapsed_s"] = self.position.elapsed_s
-        summary["time/train_s"] = self.position.train_s
-        if run.steps:
-            summary["time/step_s"] = self.position.train_s / run.steps
-        summary["time/test_s"] = self.position.test_s
-        summary["memory/peak_bytes"] = self._peak_memory()
-        return summary | self._tflop(run) | self.energy.metrics() | self._traced
+        return self.account.summary()
 
     def _tell_status(self, state: str) -> None:
         self.tracker.status(state, self.position.step, self.total_steps)
@@ -209,7 +177,7 @@ class Trainer:
             if row_due or evaluation_due or signals.signum is not None:
                 pause()
                 if row_due and not evaluation_due:
-                    self._log({})
+                    self._row({})
                 signals.raise_if_noted()
                 self._evaluate_on_the_way(signals)
                 started = self._now()
@@ -235,14 +203,14 @@ class Trainer:
         self._scaler.update()
         if self._scaler.get_scale() >= scale:  # it falls where gradients overflowed and the optimizer did not step
             self._schedule.step()
-        self.since_row.add(loss, logits, labels, self.model.deq, self._adjoint_solver)
+        self.account.since_row.add(loss, logits, labels, self.model.deq, self._adjoint_solver)
 
     def _stability_loss(self, equilibrium: Equilibrium, labels: Tensor, penalised: bool) -> Tensor:
         """What the run's :class:`StabilityLosses` add to the loss of one step."""
         total: Tensor = equilibrium.z.new_zeros(())
         if penalised:
             penalty = jacobian_penalty(equilibrium.f, equilibrium.z)
-            self.since_row.add_term("jacobian_penalty", penalty)
+            self.account.since_row.add_term("jacobian_penalty", penalty)
             total = total + self.stability.jacobian_weight * penalty
         if self.stability.corrections:
 
@@ -250,7 +218,7 @@ class Trainer:
                 return functional.cross_entropy(self.model.classify(z).float(), labels)
 
             correction = correction_loss(loss_at, equilibrium.states, self.stability.gamma)
-            self.since_row.add_term("correction_loss", correction)
+            self.account.since_row.add_term("correction_loss", correction)
             total = total + correction
         return total
 
@@ -269,7 +237,7 @@ class Trainer:
         self._conclude(measured, position.epoch + 1)
         if position.batch == self.batches.per_epoch:
             position.epoch, position.batch = position.epoch + 1, 0
-            self.in_epoch = Sums()
+            self.account.in_epoch = Sums()
 
     def _evaluation_due(self) -> bool:
         """Whether an evaluation within an epoch is, and has not been made."""
@@ -291,9 +259,10 @@ class Trainer:
         position = self.position
         position.elapsed_s = self._elapsed()
         position.evaluated_step = position.step
-        self._log(measured | self.energy.metrics(evaluated=True))
-        means = self.in_epoch.means()
-        self.last_evaluation = measured | {"train/accuracy": means["train/accuracy"], "train/loss": means["train/loss"]}
+        self._row(measured | self.energy.metrics(evaluated=True))
+        means = self.account.in_epoch.means()
+        of_training = {"train/accuracy": means["train/accuracy"], "train/loss": means["train/loss"]}
+        self.account.last_evaluation = measured | of_training
         self.display.epoch(epochs, self.epochs, means | measured | {"time/elapsed_s": position.elapsed_s})
         self._tell_status("running")
 
@@ -315,7 +284,7 @@ class Trainer:
                 return fz
 
             traces, about = self.crossover.measure(evaluated, injection, solver)
-        self._traced = crossover.metrics_of(traces, solver)
+        self.account.traced = crossover.metrics_of(traces, solver)
         self.tracker.traces(traces, about)
         if self.crossover.picture:
             with self._warned(crossover.PICTURE):
@@ -329,19 +298,6 @@ class Trainer:
             yield
         except (ImportError, OSError, RuntimeError, UserError) as error:  # of torch: memory, a singular system
             self.display.warn(f"there is no {what}: {first_line(error)}")
-
-    def _tflop(self, sums: Sums) -> dict[str, float]:
-        """The proxies for energy of the run so far, whose training steps ``sums`` counts."""
-        solution = self.model.deq.last_solution
-        if self._flops is None and solution is not None:
-            cell = self.model.deq.cell
-            assert isinstance(cell, nn.Module)
-            self._flops = CellFlops.of(cell, solution.z.shape[1:])
-        if self._flops is None:
-            return {}
-        train = self._flops.train_tflop(sums.values(), self.model.deq, self.model.deq.gradient)
-        test = self._flops.test_tflop(self.position.test_sample_evaluations)
-        return {"energy/tflop": train + test, "energy/train_tflop": train, "energy/test_tflop": test}
 
     @torch.no_grad()
     def _evaluate(self, signals: SignalWatch) -> dict[str, float]:
@@ -371,34 +327,17 @@ class Trainer:
         again = samples if isinstance(layer, TutorialDEQ) else 0  # its layer evaluates f once more
         return layer.last_solution.sample_evaluations + again
 
-    def _log(self, measured: dict[str, float]) -> None:
-        """A row about the steps since the previous one."""
-        position = self.position
-        steps = self.since_row.steps
-        values: dict[str, float] = self.since_row.means() | self.energy.metrics() | measured
-        self.in_epoch.merge(self.since_row)
-        self.in_run.merge(self.since_row)
-        values |= self._tflop(self.in_run)
-        values |= {
-            "optim/learning_rate": float(self._schedule.get_last_lr()[0]),
-            "time/elapsed_s": position.elapsed_s,
-            "time/train_s": position.train_s,
-            "time/test_s": position.test_s,
-            "memory/peak_bytes": self._peak_memory(),
-        }
-        if steps:
-            values["time/step_s"] = (position.train_s - self._row_train_s) / steps
-        self.tracker.log(position.step, position.epoch + 1, values)
-        self._row_train_s = position.train_s
-        self.since_row = Sums()
+    def _row(self, measured: dict[str, float]) -> None:
+        self.account.row(measured, learning_rate=float(self._schedule.get_last_lr()[0]))
 
     def _check_loss(self) -> None:
         """A loss that is not finite ends the run, unless the gradient scaler may yet find a scale that fits."""
-        lost = self.since_row.nonfinite_steps()
-        if lost and (not self._scaler.is_enabled() or lost == self.since_row.steps):
+        lost = self.account.since_row.nonfinite_steps()
+        if lost and (not self._scaler.is_enabled() or lost == self.account.since_row.steps):
+            last = self.position.step
             raise UserError(
-                f"the loss is NaN or infinite since a step between {self.position.step - self.since_row.steps + 1} "
-                f"and {self.position.step}; lower optim.lr, now {self.optimizer.defaults['lr']}, or use precision=fp32"
+                f"the loss is NaN or infinite since a step between {last - self.account.since_row.steps + 1} "
+                f"and {last}; lower optim.lr, now {self.optimizer.defaults['lr']}, or use precision=fp32"
             )
 
     def state(self) -> dict[str, Any]:
@@ -408,10 +347,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "scaler": self._scaler.state_dict(),
-            "position": dict(vars(self.position)),
-            "row_train_s": self._row_train_s,
-            "sums": [sums.state() for sums in (self.since_row, self.in_epoch, self.in_run)],
-            "last_evaluation": dict(self.last_evaluation),
+            **self.account.state(),
             "rows": self.tracker.rows,
             "energy": self.energy.state(),
             "warm_start": self._starts.state() if self._starts is not None else None,
@@ -443,10 +379,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._scaler.load_state_dict(state["scaler"])
-        self.position = Position(**state["position"])
-        self._row_train_s = state["row_train_s"]
-        self.since_row, self.in_epoch, self.in_run = (Sums(values) for values in state["sums"])
-        self.last_evaluation = dict(state["last_evaluation"])
+        self.account.restore(state)
         self.tracker.restore(state["rows"])
         self.energy.restore(state["energy"])
         if self._starts is not None:
@@ -467,11 +400,6 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-    def _peak_memory(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return peak_resident_bytes()
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -180,7 +180,7 @@ def test_a_signal_lets_the_step_end_saves_and_gives_the_handlers_back(signum: in
         run.run()
     assert caught.value.signum == signum
     assert saved[-1]["position"]["step"] == 3
-    assert run.summary()["train/loss"] > 0
+    assert run.account.summary()["train/loss"] > 0
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
 
@@ -209,7 +209,7 @@ def test_a_row_covers_the_steps_since_the_previous_row(tmp_path: Path) -> None:
     assert ["test/accuracy" in row for row in run.tracker.rows] == [False, False, True] * 2
     losses = [row["train/loss"] for row in run.tracker.rows]
     mean_of_steps = (2 * losses[3] + 2 * losses[4] + losses[5]) / STEPS_AN_EPOCH
-    assert run.last_evaluation["train/loss"] == pytest.approx(mean_of_steps)
+    assert run.account.last_evaluation["train/loss"] == pytest.approx(mean_of_steps)
 
 
 def test_evaluations_within_an_epoch_come_beside_those_at_its_end(tmp_path: Path) -> None:

@@ -34,3 +34,8 @@ def test_every_yes_of_the_features_table_links_to_a_test_that_exists() -> None:
     assert len(links) > 30
     missing = [(path, name) for path, name in links if f"def {name}(" not in (ROOT / path).read_text()]
     assert missing == []
+
+
+def test_the_workflow_runs_the_readmes_test_command() -> None:
+    (command,) = re.findall(r"<!-- test command -->\n```bash\n(.+)\n```", (ROOT / "README.md").read_text())
+    assert f"- run: {command}\n" in (ROOT / ".github/workflows/ci.yml").read_text()

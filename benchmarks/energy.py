@@ -129,10 +129,10 @@ def main() -> None:
     step = statistics.median(taken)
     solution = model.deq.last_solution
     assert solution is not None
-    cell, shape = model.deq.cell, solution.z.shape[1:]
+    cell, state = model.deq.cell, solution.z[:1]
     assert isinstance(cell, nn.Module)
-    count = median_of(lambda: CellFlops.of(cell, shape), 5)
-    flops = CellFlops.of(cell, shape)
+    count = median_of(lambda: CellFlops.of(cell, state), 5)
+    flops = CellFlops.of(cell, state)
     proxy = median_of(lambda: flops.train_tflop(sums.values(), model.deq, model.deq.gradient), 50)
     rows: list[list[object]] = [["one training step", f"{step * 1e3:.2f} ms", "", ""]]
 

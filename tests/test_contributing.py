@@ -1,9 +1,10 @@
-"""What CONTRIBUTING.md promises: a new solver is one file and one YAML, and has all that the others have."""
+"""What CONTRIBUTING.md promises: a new solver or model is one file and one YAML, and has all that the others have."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -75,13 +76,80 @@ stop: ${stop}
 compact: ${compact}
 """
 
+MODEL = '''
+"""Two scales: each sees the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from deq import DEQ
+from deq.layer import Gradient
+from deq.models import EquilibriumModel
+from deq.solvers import Solver
+
+
+class TwoScaleCell(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fine, self.coarse, self.down = (
+            nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False) for stride in (1, 1, 2)
+        )
+        for convolution in (self.fine, self.coarse, self.down):
+            nn.init.normal_(convolution.weight, std=0.01)
+
+    def forward(self, z: dict[str, Tensor], x: dict[str, Tensor]) -> dict[str, Tensor]:
+        up = functional.interpolate(z["coarse"], scale_factor=2)
+        fine = torch.tanh(self.fine(z["fine"]) + 0.3 * up + x["fine"])
+        return {"fine": fine, "coarse": torch.tanh(self.coarse(z["coarse"]) + self.down(z["fine"]) + x["coarse"])}
+
+
+class Head(nn.Module):
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2 * channels, classes)
+
+    def forward(self, z: dict[str, Tensor]) -> Tensor:
+        return self.linear(torch.cat([z["fine"].mean((2, 3)), z["coarse"].mean((2, 3))], dim=1))
+
+
+class TwoScaleClassifier(EquilibriumModel):
+    def __init__(
+        self, image_channels: int, image_size: int, classes: int, *, solver: Solver, gradient: Gradient, channels: int
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(image_channels, channels, 3, padding=1)
+        self.deq = DEQ(TwoScaleCell(channels), solver=solver, gradient=gradient)
+        self.head = Head(channels, classes)
+
+    def inject(self, images: Tensor) -> dict[str, Tensor]:
+        fine = self.stem(images)
+        return {"fine": fine, "coarse": functional.avg_pool2d(fine, 2)}
+'''
+
+MODEL_CONFIG = """
+_target_: two_scale.TwoScaleClassifier
+_partial_: true
+channels: 8
+"""
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "heavy_ball.py").write_text(SOLVER)
     (tmp_path / "conf/solver").mkdir(parents=True)
     (tmp_path / "conf/solver/heavy_ball.yaml").write_text(CONFIG)
+    (tmp_path / "two_scale.py").write_text(MODEL)
+    (tmp_path / "conf/model").mkdir()
+    (tmp_path / "conf/model/two_scale.yaml").write_text(MODEL_CONFIG)
     return tmp_path
+
+
+def asked(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    path = f"{folder}:{Path(__file__).parent.parent}"
+    return train("--config-dir", "conf", "experiment=smoke", *overrides, folder=folder, PYTHONPATH=path)
 
 
 @pytest.fixture
@@ -97,10 +165,8 @@ def solver(folder: Path) -> Solver:
     return made
 
 
-def test_it_trains_is_measured_and_checked_from_the_command_line(folder: Path) -> None:
-    here = {"folder": folder, "PYTHONPATH": f"{folder}:{Path(__file__).parent.parent}"}
-    asked = ("--config-dir", "conf", "solver=heavy_ball", "experiment=smoke")
-    run = train(*asked, "solver.momentum=0.1", "hydra.run.dir=run", **here)
+def test_a_new_solver_trains_is_measured_and_checked_from_the_command_line(folder: Path) -> None:
+    run = asked(folder, "solver=heavy_ball", "solver.momentum=0.1", "hydra.run.dir=run")
     assert run.returncode == 0, run.stderr
     assert "HeavyBall: tol=0.01 max_iter=30 stop=max beta=1.0 momentum=0.1" in run.stdout
     traces = json.loads((folder / "run/traces.json").read_text())["traces"]
@@ -109,11 +175,27 @@ def test_it_trains_is_measured_and_checked_from_the_command_line(folder: Path) -
     assert summary["solver/unconverged_fraction"] < 0.1
     assert summary["speedup/solver_residual"] <= 0.01
 
-    refused = train(*asked, "solver.momentum=2", **here)
+    refused = asked(folder, "solver=heavy_ball", "solver.momentum=2")
     assert (refused.returncode, refused.stderr) == (2, "error: momentum must be at least 0 and below 1, got 2\n")
 
 
-def test_its_samples_stop_one_by_one_and_shrink_the_evaluations(solver: Solver) -> None:
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        ("warm_start=true", "epochs=2", "max_steps=null", "compact=true", "data.train_size=64"),
+        ("stability.jacobian_weight=0.1", "stability.corrections=[2,4]", "precision=bf16", "crossover.windows=[2]"),
+    ],
+)
+def test_a_model_of_two_scales_trains_and_is_measured_as_any_other(folder: Path, knobs: tuple[str, ...]) -> None:
+    run = asked(folder, "model=two_scale", *knobs, "hydra.run.dir=run")
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+    summary = json.loads((folder / "run/summary.json").read_text())
+    assert {"speedup/forward_residual", "crossover/mixing_penalty", "energy/tflop", "test/accuracy"} <= summary.keys()
+    assert summary["solver/forward_evaluations"] > 1
+
+
+def test_a_new_solvers_samples_stop_one_by_one_and_shrink_the_evaluations(solver: Solver) -> None:
     slopes = torch.tensor([[0.1], [0.5], [0.8], [0.9]], dtype=torch.float64)
     sizes: list[int] = []
 
@@ -134,7 +216,7 @@ def test_its_samples_stop_one_by_one_and_shrink_the_evaluations(solver: Solver) 
     assert 1 in sizes
 
 
-def test_it_solves_both_equations_of_a_layer(solver: Solver) -> None:
+def test_a_new_solver_solves_both_equations_of_a_layer(solver: Solver) -> None:
     weight = torch.randn(5, 5, dtype=torch.float64) / 10
     layer = DEQ(lambda z, x: torch.tanh(z @ weight + x), solver=solver, gradient=Implicit(solver=solver))
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)

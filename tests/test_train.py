@@ -206,7 +206,7 @@ MISTAKES = {
     "optim.optimizer._target_=torch.nothere": "optim.optimizer._target_: there is no torch.nothere to import; leave it",
     "solver._target_=builtins.dict": "solver._target_ must make a Solver, got a dict; leave it out for the default",
     "model._target_=torch.nn.Linear": "model._target_ cannot take the knobs of model (Linear.__init__() got an unexpec",
-    "model._target_=builtins.dict": "model._target_ must make a torch.nn.Module, got a dict; leave it out for the defa",
+    "model._target_=builtins.dict": "model._target_ must make an EquilibriumModel, got a dict; leave it out for the de",
     "data._target_=builtins.dict": "data._target_ must make an ImageData, got a dict; leave it out for the default",
     "data._target_=os.getcwd": "data._target_ cannot take the knobs of data (posix.getcwd() takes no keyword arguments",
     "data=image_folder data.root=null": "data.root is not set; give data.root=DIR",

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from deq.cli.mistakes import cannot_take
 from deq.layer import StabilityLosses
+from deq.models import EquilibriumModel
 from deq.models.tutorial import TutorialSolver
 from deq.records.errors import UserError, first_line, in_yaml, values_of_the_user
 from deq.solvers import Solver
@@ -67,7 +68,7 @@ def _article(kind: type) -> str:
     return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
 
 
-def build_model(config: DictConfig, **given: Any) -> torch.nn.Module:
+def build_model(config: DictConfig, **given: Any) -> EquilibriumModel:
     """What ``model`` describes. given: what train.py itself gives it.
 
     Raises:
@@ -78,9 +79,9 @@ def build_model(config: DictConfig, **given: Any) -> torch.nn.Module:
             made = instantiate(config.model)(**given)
     except TypeError as error:
         raise UserError(cannot_take("model", error)) from error
-    if not isinstance(made, torch.nn.Module):
+    if not isinstance(made, EquilibriumModel):
         raise UserError(
-            f"model._target_ must make a torch.nn.Module, got {_article(type(made))}; leave it out for the default"
+            f"model._target_ must make an EquilibriumModel, got {_article(type(made))}; leave it out for the default"
         )
     return made
 

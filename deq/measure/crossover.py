@@ -22,6 +22,7 @@ from deq.records.curves import Crossing
 from deq.records.errors import UserError, in_yaml
 from deq.records.traces import Trace
 from deq.solvers import Forward, Solver
+from deq.solvers.state import Nest, flatten, mapped
 
 PICTURE = "crossover.png"
 FORWARD = "forward iteration"
@@ -77,13 +78,15 @@ class Crossover:
         return dict(order)
 
     def measure(
-        self, cell: Callable[[Tensor, Tensor], Tensor], injection: Tensor, solver: Solver
+        self, cell: Callable[[Any, Any], Any], injection: Nest, solver: Solver
     ) -> tuple[list[Trace], dict[str, Any]]:
-        """The traces and what ``traces.json`` says about them. injection: (B, ...), the cell's second argument."""
+        """The traces and what ``traces.json`` says about them. injection: (B, ...), the cell's second argument, or a
+        nest of such."""
         traces = measure_traces(cell, injection, self.solvers(solver), max_iter=self.max_iter, repeats=self.repeats)
-        device = injection.device
+        first = flatten(injection, "x")[0][0]
+        device = first.device
         about = {
-            "batch": f"{len(injection)} test images",
+            "batch": f"{len(first)} test images",
             "stop": "mean" if isinstance(solver, TutorialSolver) else solver.stop,
             "tol": solver.tol,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -112,8 +115,8 @@ def named(solver: Solver) -> str:
 
 @torch.no_grad()
 def measure_traces(
-    cell: Callable[[Tensor, Tensor], Tensor],
-    injection: Tensor,
+    cell: Callable[[Any, Any], Any],
+    injection: Nest,
     solvers: Mapping[str, Solver],
     *,
     max_iter: int = 60,
@@ -126,7 +129,7 @@ def measure_traces(
     not count. On a GPU the times are those of events in its stream.
 
     Args:
-        cell: (z, x) -> z. injection: x, (B, ...).
+        cell: (z, x) -> z. injection: x, (B, ...), or a nest of such, in the shapes of z.
         solvers: name for people -> solver; their ``tol``, ``max_iter``, ``patience`` and ``compact`` are not used.
         max_iter: evaluations in each solve. repeats: timed solves of each, at least 1.
 
@@ -138,23 +141,23 @@ def measure_traces(
         >>> anderson.residual_mean[-1] < forward.residual_mean[-1], len(anderson.seconds)
         (True, 10)
     """
-    with on_device(injection.device):
+    with on_device(flatten(injection, "x")[0][0].device):
         return _measure_traces(cell, injection, solvers, max_iter, repeats)
 
 
 def _measure_traces(
-    cell: Callable[[Tensor, Tensor], Tensor],
-    injection: Tensor,
+    cell: Callable[[Any, Any], Any],
+    injection: Nest,
     solvers: Mapping[str, Solver],
     max_iter: int,
     repeats: int,
 ) -> list[Trace]:
-    start = torch.zeros_like(injection)
+    start = mapped(injection, torch.zeros_like)
     endless = {
         name: replace(solver, tol=0.0, max_iter=max_iter, patience=0, compact=False) for name, solver in solvers.items()
     }
 
-    def f(z: Tensor) -> Tensor:
+    def f(z: Any) -> Any:
         return cell(z, injection)
 
     residuals: dict[str, Tensor] = {}
@@ -162,7 +165,7 @@ def _measure_traces(
         trace = solver.solve(f, start, trace=True).trace
         assert trace is not None
         residuals[name] = trace.double().cpu()
-    clock = _Clock(injection.device)
+    clock = _Clock(flatten(injection, "x")[0][0].device)
     times: dict[str, list[list[float]]] = {name: [] for name in endless}
     for _ in range(repeats):
         for name, solver in endless.items():
@@ -209,8 +212,8 @@ class _Clock:
         self._marks = []
         self._mark()
 
-    def watching(self, f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def watched(z: Tensor) -> Tensor:
+    def watching(self, f: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def watched(z: Any) -> Any:
             self._mark()
             return f(z)
 

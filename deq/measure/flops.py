@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deq.layer import Gradient, Implicit
 from deq.models.tutorial import TutorialDEQ
+from deq.solvers.state import Nest, flatten, unflatten
 
 
 def _cuda_devices(tensor: Tensor) -> list[torch.device]:
@@ -33,31 +34,31 @@ class CellFlops:
     """Of these and J^T u together, which share a part of the way back."""
 
     @staticmethod
-    def of(cell: nn.Module, shape: Sequence[int]) -> CellFlops:
+    def of(cell: nn.Module, state: Nest) -> CellFlops:
         """Counts one evaluation and both ways back through it, at zeros; no parameter or buffer is touched.
 
         Args:
-            cell: (z, x) -> z, with x in the shape of z. shape: of one sample's state.
+            cell: (z, x) -> z, with x in the shapes of z. state: z of one sample, (1, ...), or a nest of such.
         """
         parameter = next(cell.parameters())
-        z, x = (torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype) for _ in range(2))
-        z.requires_grad_()
-        x.requires_grad_()
+        leaves, skeleton = flatten(state, "state")
+        z, x = ([torch.zeros_like(leaf, dtype=parameter.dtype).requires_grad_() for leaf in leaves] for _ in range(2))
         weights = [weight for weight in cell.parameters() if weight.requires_grad]
         with (
             torch.random.fork_rng(_cuda_devices(parameter)),
             torch.enable_grad(),
-            torch.autocast(z.device.type, enabled=False),
+            torch.autocast(parameter.device.type, enabled=False),
         ):
             with FlopCounterMode(display=False) as evaluation:
-                f: Tensor = cell.forward(z, x)  # not cell(...), which might be compiled
-            u = torch.zeros_like(f)
+                # Not cell(...), which might be compiled.
+                f, _ = flatten(cell.forward(unflatten(skeleton, z), unflatten(skeleton, x)), "f")
+            u = [torch.zeros_like(part) for part in f]
             with FlopCounterMode(display=False) as product:
-                torch.autograd.grad(f, z, u, retain_graph=True)
+                torch.autograd.grad(f, z, u, allow_unused=True, retain_graph=True)
             with FlopCounterMode(display=False) as gradient:
-                torch.autograd.grad(f, [x, *weights], u, allow_unused=True, retain_graph=True)
+                torch.autograd.grad(f, [*x, *weights], u, allow_unused=True, retain_graph=True)
             with FlopCounterMode(display=False) as both:
-                torch.autograd.grad(f, [z, x, *weights], u, allow_unused=True)
+                torch.autograd.grad(f, [*z, *x, *weights], u, allow_unused=True)
         return CellFlops(*(float(mode.get_total_flops()) for mode in (evaluation, product, gradient, both)))
 
     def train_tflop(self, counted: Mapping[str, float], layer: nn.Module, gradient: Gradient) -> float:

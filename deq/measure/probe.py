@@ -6,15 +6,17 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deq.layer import DEQ
-from deq.models import EquilibriumClassifier
+from deq.models import EquilibriumModel
 from deq.models.tutorial import TutorialForward, TutorialSolver
 from deq.records.errors import UserError, in_yaml
 from deq.solvers import Forward, Solution, Solver
+from deq.solvers.state import Nest, flatten
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class SpeedupProbe:
                 raise UserError(f"probe.{name} must be an integer of at least 1, got {in_yaml(value)}")
 
     @torch.no_grad()
-    def compare(self, model: EquilibriumClassifier, images: Tensor) -> Comparison:
+    def compare(self, model: EquilibriumModel, images: Tensor) -> Comparison:
         """images: (B, C, H, W) float. Leaves the model's mode, batch statistics and accounts as they were."""
         was_training = model.training
         model.eval()
@@ -96,24 +98,23 @@ class SpeedupProbe:
 class _Timed:
     """A solver on one injection; the first solve warms up and tells whether there is anything to time."""
 
-    def __init__(
-        self, cell: Callable[[Tensor, Tensor], Tensor], solver: Solver, injection: Tensor, *, cuda_graph: bool
-    ) -> None:
+    def __init__(self, cell: Callable[..., Any], solver: Solver, injection: Nest, *, cuda_graph: bool) -> None:
         # A layer of its own around the shared cell: the model's layer keeps the accounts of its last solves.
         self._layer, self._injection = DEQ(cell, solver=solver, cuda_graph=cuda_graph), injection
+        self._device = flatten(injection, "x")[0][0].device
         self._seconds: list[float] = []
         self._layer(injection)
         solution = self._layer.last_solution
         assert solution is not None
-        self._solution: Solution = solution
+        self._solution: Solution[Any] = solution
         self._residual = float(solver.stopping_residual(solution))
         self.converged = self._residual <= solver.tol
 
     def time(self) -> None:
-        _synchronize(self._injection.device)
+        _synchronize(self._device)
         start = time.perf_counter()
         self._layer(self._injection)
-        _synchronize(self._injection.device)
+        _synchronize(self._device)
         self._seconds.append(time.perf_counter() - start)
 
     def reading(self) -> Reading:

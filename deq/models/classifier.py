@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 
-from deq.layer import DEQ, Equilibrium, Gradient, Implicit
+from deq.layer import DEQ, Gradient, Implicit
+from deq.models.model import EquilibriumModel
 from deq.models.tutorial import TutorialDEQ, TutorialSolver
 from deq.solvers import Solver
 
@@ -44,7 +43,7 @@ class ResidualCell(nn.Module):
         return result
 
 
-class EquilibriumClassifier(nn.Module):
+class EquilibriumClassifier(EquilibriumModel):
     """Stem (3×3 convolution, batch norm) → DEQ over a :class:`ResidualCell` → batch norm → pool → linear.
 
     With the defaults on CIFAR-10 this is the paper's network: 64,842 parameters.
@@ -100,7 +99,6 @@ class EquilibriumClassifier(nn.Module):
             nn.Conv2d(image_channels, channels, kernel_size=3, padding=1), nn.BatchNorm2d(channels)
         )
         cell = ResidualCell(channels, inner, groups, init_std)
-        self.deq: DEQ
         if isinstance(solver, TutorialSolver):
             if cuda_graph or not isinstance(gradient, Implicit):
                 raise ValueError(
@@ -122,22 +120,3 @@ class EquilibriumClassifier(nn.Module):
         """The cell's second argument. images: (B, image_channels, H, W) float → x: (B, channels, H, W) float."""
         injection: Tensor = self.stem(images)
         return injection
-
-    def equilibrium(self, images: Tensor, corrections: Collection[int] = (), z0: Tensor | None = None) -> Equilibrium:
-        """The hidden state, with what losses on it need (see :meth:`deq.DEQ.equilibrium`); ``head`` makes it logits."""
-        return self.deq.equilibrium(self.inject(images), z0, corrections=corrections)
-
-    def classify(self, z: Tensor) -> Tensor:
-        """Logits of an iterate on the way, (B, channels, H, W) → (B, classes); batch statistics are not updated."""
-        # Evaluation uses the statistics, and will see fixed points alone.
-        buffers = {name: buffer.clone() for name, buffer in self.head.named_buffers()}
-        logits: Tensor = functional_call(self.head, buffers, (z,))
-        return logits
-
-    def forward(self, images: Tensor, z0: Tensor | None = None) -> Tensor:
-        """Logits. images: (B, image_channels, H, W) float → (B, classes) float.
-
-        z0: (B, channels, H, W), where the solve starts; zeros unless given.
-        """
-        logits: Tensor = self.head(self.deq(self.inject(images), z0))
-        return logits

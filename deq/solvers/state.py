@@ -57,6 +57,12 @@ def unflatten(skeleton: Skeleton, leaves: Sequence[Any]) -> Any:
     return _like(skeleton, [unflatten(inner, leaves) for inner in skeleton])
 
 
+def mapped(nest: Nest, function: Callable[[Tensor], Any]) -> Any:
+    """The nest with ``function`` of each of its tensors in their places."""
+    leaves, skeleton = flatten(nest, "the nest")
+    return unflatten(skeleton, [function(leaf) for leaf in leaves])
+
+
 def _like(sequence: Any, items: list[Any]) -> Any:
     kind = type(sequence)
     return kind(*items) if hasattr(kind, "_fields") else kind(items)  # a named tuple takes its items one by one

@@ -13,6 +13,7 @@ from deq.measure.energy import EnergyMeter
 from deq.measure.flops import CellFlops
 from deq.records.machine import peak_resident_bytes, reset_peak_resident_bytes
 from deq.records.tracker import Tracker
+from deq.solvers.state import mapped
 from deq.training.statistics import Sums
 
 
@@ -98,7 +99,7 @@ class Account:
         if self._flops is None and solution is not None:
             cell = self._layer.cell
             assert isinstance(cell, nn.Module)
-            self._flops = CellFlops.of(cell, solution.z.shape[1:])
+            self._flops = CellFlops.of(cell, mapped(solution.z, lambda leaf: leaf[:1]))
         if self._flops is None:
             return {}
         train = self._flops.train_tflop(sums.values(), self._layer, self._layer.gradient)

@@ -22,11 +22,12 @@ from deq.measure import crossover
 from deq.measure.crossover import Crossover
 from deq.measure.energy import EnergyMeter, EnergyOptions
 from deq.measure.probe import Comparison, SpeedupProbe
-from deq.models import EquilibriumClassifier
+from deq.models import EquilibriumModel
 from deq.models.tutorial import TutorialDEQ
 from deq.records.errors import UserError, first_line
 from deq.records.tracker import Tracker
 from deq.solvers import Solver
+from deq.solvers.state import Nest, mapped
 from deq.training.account import Account, Position
 from deq.training.display import Display
 from deq.training.interrupt import Interrupted, SignalWatch
@@ -62,7 +63,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: EquilibriumClassifier,
+        model: EquilibriumModel,
         batches: Batches,
         optimizer: Optimizer,
         *,
@@ -207,7 +208,7 @@ class Trainer:
 
     def _stability_loss(self, equilibrium: Equilibrium, labels: Tensor, penalised: bool) -> Tensor:
         """What the run's :class:`StabilityLosses` add to the loss of one step."""
-        total: Tensor = equilibrium.z.new_zeros(())
+        total = torch.zeros((), device=labels.device)
         if penalised:
             penalty = jacobian_penalty(equilibrium.f, equilibrium.z)
             self.account.since_row.add_term("jacobian_penalty", penalty)
@@ -276,11 +277,11 @@ class Trainer:
         images, _ = next(self.batches.test())
         cell, solver = self.model.deq.cell, self.model.deq.solver
         with self._autocast():
-            injection = self.model.inject(images).float()
+            injection = mapped(self.model.inject(images), Tensor.float)
 
-            def evaluated(z: Tensor, x: Tensor) -> Tensor:
+            def evaluated(z: Nest, x: Nest) -> Nest:
                 signals.raise_if_noted()
-                fz: Tensor = cell(z, x).to(z.dtype)
+                fz: Nest = mapped(cell(z, x), Tensor.float)
                 return fz
 
             traces, about = self.crossover.measure(evaluated, injection, solver)

@@ -231,7 +231,7 @@ CONVOLUTIONS = 2 * (2 * 8 * 4 * 9) * 6 * 6
 
 
 def test_flops_of_the_cell_are_those_of_its_convolutions() -> None:
-    flops = CellFlops.of(CELL, (8, 6, 6))
+    flops = CellFlops.of(CELL, torch.ones(1, 8, 6, 6))
     assert flops.evaluation == CONVOLUTIONS
     assert flops.product == CONVOLUTIONS  # with respect to the state, through both
     assert CONVOLUTIONS < flops.gradient < 2 * CONVOLUTIONS  # both weights, and the way back to the first
@@ -251,7 +251,7 @@ def test_counting_flops_neither_draws_random_numbers_nor_runs_a_compiled_cell() 
     cell = Noisy()
     cell._compiled_call_impl = lambda *_: pytest.fail("the compiled cell was called")  # as Module.compile sets it
     before = torch.get_rng_state()
-    assert CellFlops.of(cell, (3,)).evaluation == 2 * 9
+    assert CellFlops.of(cell, torch.ones(1, 3)).evaluation == 2 * 9
     assert torch.equal(torch.get_rng_state(), before)
 
 

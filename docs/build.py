@@ -21,15 +21,10 @@ from pathlib import Path
 from latex2mathml.converter import convert
 
 ROOT = Path(__file__).resolve().parent.parent
-LINK = re.compile(r"(?<!`)\]\((?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?(?: \"([^\"]*)\")?\)")
+LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?(?: \"([^\"]*)\")?\)")
 CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", re.DOTALL)
-UNKNOWN_MACROS = {r"\lVert": r"\|", r"\rVert": r"\|", r"\arg": r"\operatorname{arg}"}  # to latex2mathml
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".cpp": "cpp", ".json": "json"}
-
-
-class BrokenLinkError(Exception):
-    """A page links to a file that is not in the repository."""
 
 
 def main() -> None:
@@ -37,7 +32,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         gather(folder / "pages")
-        shutil.copy(ROOT / "zensical.toml", folder)
+        for name in ("zensical.toml", "docs/docstrings.py"):
+            shutil.copy(ROOT / name, folder)
         command = [sys.executable, "-m", "zensical", "build", "--strict"]
         build = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
         if build.returncode:
@@ -69,8 +65,8 @@ def page_of(source: Path) -> Path:
     """The file of the site's sources that shows this one."""
     if source == ROOT / "README.md":
         return ROOT / "index.md"
-    shown_as_it_is = source.suffix in (".md", ".png", ".svg")
-    return source if shown_as_it_is else source.with_name(f"{source.name}.md")
+    becomes_a_page = source.suffix in (".ipynb", *LANGUAGES)
+    return source.with_name(f"{source.name}.md") if becomes_a_page else source
 
 
 def as_page(source: Path, folder: Path) -> tuple[str | bytes, set[Path]]:
@@ -96,7 +92,7 @@ def with_links(text: str, source: Path) -> tuple[str, set[Path]]:
         path, anchor, title = match.groups(default="")
         target = Path(os.path.normpath(source.parent / path))
         if not target.is_file() or ROOT not in target.parents:
-            raise BrokenLinkError(f"{source.relative_to(ROOT)} links to {path}, which is no file of the repository")
+            sys.exit(f"{source.relative_to(ROOT)} links to {path}, which is no file of the repository: mend the link")
         linked.add(target)
         if target.suffix == ".py" and title:
             anchor = f"#{title}"
@@ -152,14 +148,15 @@ def with_formulas(text: str) -> str:
 
     def formula(match: re.Match[str]) -> str:
         block, inline = match.groups()
-        latex = (
+        latex = (  # without what latex2mathml does not know
             (block or inline)
             .replace(r"\lVert", r"\|")
             .replace(r"\rVert", r"\|")
             .replace(r"\arg", r"\operatorname{arg}")
         )
+        drawn = convert(latex, display="block" if block else "inline").replace(r"\|", "‖")
         # In a span: a line that begins with <math> would be a block to Markdown.
-        return convert(latex, display="block") if block else f"<span>{convert(latex)}</span>"
+        return drawn if block else f"<span>{drawn}</span>"
 
     parts = CODE.split(text)
     parts[::2] = [FORMULA.sub(formula, part) for part in parts[::2]]

@@ -1,6 +1,6 @@
 """What the operations *are*: plain float64, nothing incremental, nothing fused.
 
-Every backend is held to these lines. Symbols as in the README's design notes: iterates x_i, values f_i = f(x_i),
+Every backend is held to these lines. Symbols as in docs/design/method.md: iterates x_i, values f_i = f(x_i),
 residuals g_i = f_i - x_i, weights alpha_i, mixing parameter beta; B samples, m rows in the window, d elements.
 """
 

@@ -28,8 +28,8 @@ Regularization = Literal["scaled", "absolute"]
 
 DEFAULT_RIDGE: dict[Regularization, float] = {"scaled": 1e-6, "absolute": 1e-4}
 """``scaled``: ten times the rounding of a float32 Gram matrix of unit diagonal, so that the scaled matrix is
-positive definite whatever its rows; any value from 1e-12 to 1e-5 gives the same iteration counts (README, design
-notes). ``absolute``: the tutorial's, TorchDEQ's and jaxopt's order of magnitude."""
+positive definite whatever its rows; any value from 1e-12 to 1e-5 gives the same iteration counts
+(docs/design/method.md). ``absolute``: the tutorial's, TorchDEQ's and jaxopt's order of magnitude."""
 
 _GATHER_PARTS = 4
 """Parts of the batch in which the best iterates are gathered: two rows of each at a time."""
@@ -150,8 +150,8 @@ class AndersonWindow:
         device: where the history lives (2 m B d elements); default: PyTorch's default device.
         dtype: of states and history: float64, float32, bfloat16 or float16.
         history_dtype: of the residual rows g_i, which weigh the mixed rows (and, adaptive, lengthen the step):
-            ``torch.bfloat16`` for a float32 state moves and stores half of them and costs hardly an iteration (README,
-            design notes), but ``residual`` is then that of the rounded row, and what :meth:`best` returns is exact to
+            ``torch.bfloat16`` for a float32 state moves and stores half of them and costs hardly an iteration,
+            but ``residual`` is then that of the rounded row, and what :meth:`best` returns is exact to
             2^-9 of its g. The mixed rows stay in ``dtype``: rounded, they would keep the iterates away from the
             solution. Default: ``dtype``.
         backend: ``auto``, ``triton``, ``native`` or ``torch``.
@@ -163,7 +163,7 @@ class AndersonWindow:
             ``floor = atol / tol`` a sample is frozen at ``||f - x|| <= tol ||f|| + atol``.
         adaptive: multiply beta, sample by sample, by a factor in [0.7, 2] that follows the gain of the last step; drop
             rows that were taken where the map has another slope; take forward steps where there is no progress
-            (README, design notes). 3m + 5 units of traffic instead of 2m + 4. Without effect on a window of 1.
+            (docs/design/method.md). 3m + 5 units of traffic instead of 2m + 4. Without effect on a window of 1.
         patience: give a sample up (``outcome``) whose relative residual is above 0.1 and has not fallen by a twentieth
             in so many steps; 0 never does.
 

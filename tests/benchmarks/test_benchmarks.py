@@ -45,6 +45,16 @@ def test_scale_shows_that_only_the_scaled_regularisation_does_not_care(
     assert rows["Anderson, absolute (ours)"]["x 1e+06"] == str(ours[-1])
 
 
+def test_memory_of_an_equilibrium_layer_does_not_grow_with_the_evaluations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("benchmarks.memory", "--batch", "1", "--size", "16", "--out", str(tmp_path), monkeypatch=monkeypatch)
+    first, *_, last = rows_of(tmp_path, "memory")
+    assert float(last["unrolled"]) == pytest.approx(8 * float(first["unrolled"]), rel=0.05)
+    assert first["Implicit"] == last["Implicit"]
+    assert first["unrolled"] == first["Phantom(5)"] == last["Phantom(5)"]
+
+
 def test_update_measures_every_row_against_the_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("--batch", "4", "--dim", "96", "--iterations", "4", "--rounds", "1", "--no-compile", "--device", "cpu")
     run("benchmarks.update", *arguments, "--out", str(tmp_path), monkeypatch=monkeypatch)

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -285,6 +286,19 @@ class _Source(torch.autograd.Function):
         return None
 
 
+def _nodes(value: Tensor) -> Iterator[Any]:
+    """The nodes of the graph that recorded ``value``, each once, as far as z*."""
+    nodes: list[Any] = [value.grad_fn]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen or node.name() == f"{_Source.__name__}Backward":
+            continue
+        seen.add(node)
+        yield node
+        nodes.extend(parent for parent, _ in node.next_functions)
+
+
 def _depends_on_more_than_z(f_star: Tensor) -> bool:
     """Whether a parameter or an input of f is there to have a gradient.
 
@@ -292,24 +306,50 @@ def _depends_on_more_than_z(f_star: Tensor) -> bool:
     """
     if f_star.grad_fn is None:
         return f_star.requires_grad
-    nodes: list[Any] = [f_star.grad_fn]
-    seen = set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen or node.name() == f"{_Source.__name__}Backward":
-            continue
-        seen.add(node)
-        # A checkpoint of the reentrant kind hides what is inside from the graph. If it is asked for J^T u, it says so.
-        if not node.next_functions or node.name() == "CheckpointFunctionBackward":
-            return True
-        nodes.extend(parent for parent, _ in node.next_functions)
-    return False
+    # A checkpoint of the reentrant kind hides what is inside from the graph. If it is asked for J^T u, it says so.
+    return any(not node.next_functions or node.name() == "CheckpointFunctionBackward" for node in _nodes(f_star))
 
 
 def recorded(f: FixedPointMap, z: Tensor) -> Tensor:
-    """f(z), recorded so that many products can be taken with it."""
+    """f(z), recorded so that many products can be taken with it.
+
+    Raises:
+        RuntimeError: if f is compiled, and a product changes what the next one reads.
+    """
     with torch.enable_grad(), _repeatable_backward():
-        return f(z)
+        f_z = f(z)
+    if _anything_is_compiled():
+        _refuse_products_that_change(f_z, z)
+    return f_z
+
+
+_repeatable: weakref.WeakSet[type] = weakref.WeakSet()
+"""Kinds of nodes, one a compiled graph, whose products were seen to stay as they are."""
+
+
+def _refuse_products_that_change(f_z: Tensor, z: Tensor) -> None:
+    """Takes a product twice with what is compiled and was not looked at yet: PyTorch 2.14 writes over what it has
+    recorded where it compiles a cell once more because z came with other strides.
+    """
+    if f_z.grad_fn is None or (z.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return
+    new = {type(node) for node in _nodes(f_z) if node.name() == "CompiledFunctionBackward"} - {*_repeatable}
+    if not new:
+        return
+    product = adjoint_map(f_z, z, torch.zeros_like(f_z))
+    u = torch.arange(f_z.numel(), device=f_z.device, dtype=torch.float64).cos().to(f_z.dtype).view_as(f_z)
+    first, second = product(u), product(u)
+    if not (second - first).norm() <= torch.finfo(f_z.dtype).eps ** 0.5 * first.norm() and first.isfinite().all():
+        raise RuntimeError(
+            "the compiled cell gives another product J^T u when it is asked for the same one again, so that gradients "
+            "would be wrong: compile it with dynamic=False, or call torch.compiler.reset() and give it z of one layout"
+        )
+    _repeatable.update(new)
+
+
+def _anything_is_compiled() -> bool:
+    """Whether anything was, in this process."""
+    return "torch._functorch.config" in sys.modules
 
 
 def _repeatable_backward() -> contextlib.AbstractContextManager[Any]:
@@ -317,7 +357,7 @@ def _repeatable_backward() -> contextlib.AbstractContextManager[Any]:
     for many products with one evaluation. Where it is compiled for several batch sizes, PyTorch looks again when it is
     called.
     """
-    if "torch._functorch.config" not in sys.modules:  # nothing is compiled in this process
+    if not _anything_is_compiled():
         return contextlib.nullcontext()
     import torch._functorch.config as functorch_config
 

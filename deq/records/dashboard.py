@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from deq import terminal
 from deq.records import metrics
 from deq.records.errors import UserError, first_line
+from deq.records.waiting import Result, within
 from deq.terminal import Parser, end
 
 if TYPE_CHECKING:  # wandb-workspaces is an extra, and slow to import: build functions import it when they need it
     import wandb_workspaces.workspaces as ws
     from wandb_workspaces.reports.v2.interface import PanelTypes
-
-Result = TypeVar("Result")
 
 NAME = "Anderson DEQ"
 """Of the workspace, in W&B's list of views."""
@@ -394,27 +392,14 @@ def _within(timeout: float, call: Callable[[], Result]) -> Result:
     Raises:
         UserError: the call's own, or one about whatever W&B raised, or that it took longer than ``timeout`` seconds.
     """
-    outcome: dict[str, Any] = {}
-
-    def work() -> None:
-        try:
-            outcome["result"] = call()
-        except BaseException as error:
-            outcome["error"] = error
-
-    # In a thread, because a call that hangs can be left alone but not be ended.
-    thread = threading.Thread(target=work, name="wandb-dashboard", daemon=True)
-    thread.start()
-    thread.join(timeout)
-    if "result" in outcome:
-        result: Result = outcome["result"]
-        return result
-    error = outcome.get("error")
+    result, error = within(timeout, call, "wandb-dashboard")
+    if error is None:
+        return cast("Result", result)
     if isinstance(error, UserError):
         raise error
-    reason = first_line(error) if error else f"no answer in {timeout:g} s"
     raise UserError(
-        f"W&B failed ({reason}); look at the network and WANDB_BASE_URL, log in with `wandb login`, and try again"
+        f"W&B failed ({first_line(error)}); look at the network and WANDB_BASE_URL, log in with `wandb login`, and try "
+        "again"
     ) from error
 
 

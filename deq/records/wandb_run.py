@@ -9,20 +9,18 @@ import secrets
 import shlex
 import shutil
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from deq.records.errors import UserError, first_line, in_yaml
 from deq.records.files import shown
 from deq.records.traces import Trace
-
-Result = TypeVar("Result")
+from deq.records.waiting import Result, within
 
 _MODES = ("auto", "online", "offline", "disabled")
 _WANDB_MODES = {
@@ -201,28 +199,14 @@ class WandbRun:
         """The call's result, or None after one warning if it raised or took too long. Silent once given up."""
         if what != "start" and self._run is None:
             return None
-        outcome: dict[str, Any] = {}
-
-        def work() -> None:
-            try:
-                outcome["result"] = call()
-            except BaseException as error:  # a SystemExit, too, would end this thread without a word
-                outcome["error"] = error
-
         # Online W&B has the same limit for these two, and is given the time to say so.
         seconds = self._timeout + (_GRACE if self._mode != "offline" and what in ("start", "finish") else 0)
-        # In a thread, because a call that hangs can be left alone but not be ended.
-        thread = threading.Thread(target=work, name=f"wandb-{what}", daemon=True)
-        thread.start()
-        thread.join(seconds)
-        if "result" in outcome:
-            result: Result = outcome["result"]
-            return result
-        error = outcome.get("error")
-        reason = _reason(error) if error else f"no answer in {seconds:g} s"
-        self._run, self.note = None, None
-        self._warn(f"W&B failed at {what} ({reason}); the run goes on, and its files are complete without it")
-        return None
+        result, error = within(seconds, call, f"wandb-{what}")
+        if error is not None:
+            self._run, self.note = None, None
+            reason = _reason(error)
+            self._warn(f"W&B failed at {what} ({reason}); the run goes on, and its files are complete without it")
+        return result
 
 
 class _StayOffline(Exception):  # noqa: N818  # not an error: the run goes on

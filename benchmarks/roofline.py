@@ -11,18 +11,18 @@ it is not useful work. Medians over rounds taken in turns.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import altair as alt
 import torch
 
 from benchmarks.peers import installed
 from benchmarks.record import RESULTS, default_device, device_name, folder_of, seconds, show_and_save
 from benchmarks.update import Elementwise, copy_of, eager_update, seconds_repeated
 from deq.kernels import AndersonWindow
+from deq.report.figures import style
 
 WINDOWS = (2, 3, 5, 8, 10, 16)  # TorchDEQ has no window of 1
 OURS, FLOOR = "AndersonWindow.step", "copy floor"
@@ -140,62 +140,54 @@ def main() -> None:
 
 def draw(medians: dict[int, dict[str, float]], elements: int, roof: float, path: Path) -> None:
     """Left: the roofline. Right: milliseconds against the window."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no picture is drawn: matplotlib is not installed (pip install -e '.[bench]')", file=sys.stderr)
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4))
     bandwidth = statistics.median(units(m) * elements * 4 / times[FLOOR] for m, times in medians.items())
-    ridge = roof / bandwidth
-    lowest = 0.12
-    line = [lowest, ridge, 30 * ridge]
-    left.plot(line, [min(bandwidth * i, roof) / 1e9 for i in line], color="0.25", linewidth=1.6)
-    left.annotate(
-        f"copy: {bandwidth / 1e9:.0f} GB/s",
-        (ridge / 6, bandwidth * ridge / 6 / 1e9),
-        (6, -12),
-        textcoords="offset points",
-    )
-    left.annotate(
-        f"matrix product: {roof / 1e9:.0f} GFLOP/s", (ridge * 1.2, roof / 1e9), (0, 6), textcoords="offset points"
-    )
+    ridge, left, right = roof / bandwidth, 0.12, 30 * roof / bandwidth
     names = [name for name in next(iter(medians.values())) if name != FLOOR]
-    for name in names:
-        mine = name == OURS
-        style = {"zorder": 3 if mine else 2, "markersize": 7 if mine else 5, "alpha": 1.0 if mine else 0.85}
-        left.plot(
-            [operations(m) / (4 * units(m)) for m in medians],
-            [operations(m) * elements / times[name] / 1e9 for m, times in medians.items()],
-            "o" if mine else "s",
-            label=name,
-            **style,
-        )
-        right.plot(
-            list(medians), [t[name] * 1e3 for t in medians.values()], "o-" if mine else "s-", label=name, **style
-        )
-    right.plot(
-        list(medians), [t[FLOOR] * 1e3 for t in medians.values()], "--", color="0.25", label="copy floor, 2m + 4 units"
+    looks = {
+        name: style.Look(name, colour, width=2.6 if name == OURS else 1.4)
+        for name, colour in zip(names, style.PALETTE, strict=False)
+    }
+    floor = style.Look("copy floor, 2m + 4 units", style.BASELINE, (7, 4))
+    entries = [*looks.values(), floor]
+    rates: list[style.Row] = [
+        {
+            "name": name,
+            "entry": name,
+            "x": operations(m) / (4 * units(m)),
+            "y": operations(m) * elements / times[name] / 1e9,
+        }
+        for name in names
+        for m, times in medians.items()
+    ]
+    roofs = style.chart([{"x": x, "y": min(bandwidth * x, roof) / 1e9} for x in (left, ridge, right)])
+    copy = {"x": ridge / 6, "y": bandwidth * ridge / 6 / 1e9, "text": f"copy: {bandwidth / 1e9:.0f} GB/s"}
+    product = {"x": right, "y": roof / 1e9, "text": f"matrix product: {roof / 1e9:.0f} GFLOP/s"}
+    lowest = min(*(row["y"] for row in rates), bandwidth * left / 1e9)
+    x = style.logarithmic(alt.X, "operations a byte of the least traffic", left, right)
+    roofline = [
+        roofs.mark_line(color=style.INK, strokeWidth=1.6).encode(alt.X("x:Q"), alt.Y("y:Q")),
+        *style.curves(
+            rates, entries, x, style.logarithmic(alt.Y, "useful GFLOP/s", 0.8 * lowest, 2.5 * roof / 1e9), points=True
+        ),
+        *style.words(copy, align="left", baseline="top", dx=8, dy=2),
+        *style.words(product, align="right", baseline="bottom", dy=-6),
+    ]
+    times: list[style.Row] = [
+        {"name": name, "entry": looks[name].entry if name in looks else floor.entry, "x": m, "y": 1e3 * taken}
+        for m, all_of_them in medians.items()
+        for name, taken in all_of_them.items()
+    ]
+    longest = [row["y"] for row in times]
+    y = style.logarithmic(alt.Y, "ms an update", 0.8 * min(longest), 1.2 * max(longest))
+    against = style.curves(
+        times, entries, style.linear(alt.X, "window m", whole=True, domain=[min(medians), max(medians)]), y, points=True
     )
-    left.set(
-        xscale="log",
-        yscale="log",
-        xlabel="operations a byte of the least traffic",
-        ylabel="useful GFLOP/s",
-        title=f"Anderson update, m = {min(medians)} to {max(medians)}",
-    )
-    left.set_ylim(top=2.5 * roof / 1e9)
-    right.set(xlabel="window m", ylabel="ms an update", title="Time against the window", yscale="log")
-    right.legend(frameon=False, fontsize=9)
-    for panel in (left, right):
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.25, which="major")
-    figure.suptitle(f"{device_name()}, {elements:,} elements of state, float32", fontsize=10, color="0.3")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    panels = [
+        style.panel(roofline, f"m = {min(medians)} to {max(medians)}"),
+        style.panel(against, "time against the window"),
+    ]
+    caption = f"{device_name()}, {elements:,} elements of state, float32; medians."
+    style.Figure(path.stem, "Anderson update against the machine", caption, panels, entries).save(path)
     print(f"drawn to {path}")
 
 

@@ -13,23 +13,23 @@ to it, until the solver returned: what the solver cost, not only what it needed.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import altair as alt
 import torch
 from torch import Tensor
 
 from benchmarks.cell import load_cell
 from benchmarks.peers import ON_A_GPU, PEERS, FixedPointMap, Solve, installed
 from benchmarks.problems import Affine, affine
-from benchmarks.record import RESULTS, default_device, folder_of, seconds, show_and_save, synchronize
+from benchmarks.record import RESULTS, default_device, device_name, folder_of, seconds, show_and_save, synchronize
 from deq.kernels import residual_norm
+from deq.report.figures import style
 from deq.solvers import Anderson, Forward, Solver
 from deq.solvers.captured import CapturedSolve, recorder_for
 from deq.solvers.map import Restrict
@@ -261,31 +261,36 @@ def residual_against_seconds(problem: Problem, cap: int) -> dict[str, list[tuple
 
 def draw(traces: dict[str, dict[str, list[tuple[float, float]]]], tol: float, path: Path) -> None:
     """One panel a problem: residual against seconds."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no picture is drawn: matplotlib is not installed (pip install -e '.[bench]')", file=sys.stderr)
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    columns = 2
-    lines = -(-len(traces) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(11, 3.3 * lines), squeeze=False)
-    for panel, (name, curves) in zip(axes.flat, traces.items(), strict=False):
-        for label, curve in curves.items():
-            mine = label.startswith(MINE)
-            panel.plot(*zip(*curve, strict=True), label=label, linewidth=2.2 if mine else 1.1, alpha=1 if mine else 0.8)
-        panel.axhline(tol, color="0.6", linewidth=0.8, linestyle="--")
-        longest = max(curve[-1][0] for label, curve in curves.items() if label.startswith(MINE))
-        panel.set(title=name, yscale="log", xlim=(0, 1.6 * longest), xlabel="seconds", ylabel="mean relative residual")
-        panel.spines[["top", "right"]].set_visible(False)
-    for panel in axes.flat[len(traces) :]:
-        panel.set_visible(False)
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="lower center", ncols=4, frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
-    figure.savefig(path, dpi=110)
+    names = list(next(iter(traces.values())))
+    looks = {name: _look(name, number) for number, name in enumerate(names)}
+    entries = [*looks.values(), style.rule_look(f"tol {tol:g}")]
+    panels = []
+    for title, found in traces.items():
+        # As far as this project's take, and a bit: a peer may take ten times that.
+        right = 1.6 * max(curve[-1][0] for name, curve in found.items() if name.startswith(MINE))
+        rows = style.drawable(
+            (
+                {"name": name, "entry": looks[name].entry, "x": seconds, "y": residual}
+                for name, curve in sorted(found.items(), key=lambda item: item[0].startswith(MINE))
+                for seconds, residual in curve
+                if seconds <= right
+            ),
+        )
+        residuals = [row["y"] for row in rows]
+        y = style.logarithmic(alt.Y, "mean relative residual", min([*residuals, tol]), max([*residuals, tol]))
+        layers = style.curves(rows, entries, style.linear(alt.X, "seconds", domain=[0, right], nice=False), y)
+        panels.append(style.panel([*style.rules([(tol, entries[-1])], entries), *layers], title))
+    caption = f"Of single solves on {device_name()}, watching left out of the time. Thick: this project's solvers."
+    style.Figure(path.stem, "Mean relative residual against seconds", caption, panels, entries).save(path)
     print(f"drawn to {path}")
+
+
+def _look(name: str, number: int) -> style.Look:
+    """This project's solvers thick, of the peers' thin lines those beyond the palette dotted."""
+    if name == "forward iteration":
+        return style.baseline_look(name)
+    colour, again = style.PALETTE[(number - 1) % len(style.PALETTE)], number > len(style.PALETTE)
+    return style.Look(name, colour, (2, 3) if again else (1, 0), 2.6 if name.startswith(MINE) else 1.2)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The crossover figure: relative residual against seconds and against evaluations, for forward iteration and others.
+"""What the crossover figure shows: relative residual against seconds and evaluations, forward iteration and others.
 
 An iteration of Anderson's method costs more than one of forward iteration, by the *mixing penalty*, and brings the
 residual down faster, so that there is a *crossover*: a residual below which it is ahead (arXiv 2410.19460, figure 1).
@@ -17,14 +17,11 @@ from torch import Tensor
 
 from deq.kernels.state import on_device
 from deq.models.tutorial import TutorialForward, TutorialSolver
-from deq.records import curves
-from deq.records.curves import Crossing
 from deq.records.errors import UserError, in_yaml
-from deq.records.traces import Trace
+from deq.records.traces import Trace, crossing, mixing_penalty
 from deq.solvers import Forward, Solver
 from deq.solvers.state import Nest, flatten, mapped
 
-PICTURE = "crossover.png"
 FORWARD = "forward iteration"
 
 
@@ -37,7 +34,7 @@ class Crossover:
             none.
         max_iter: evaluations of f in each solve, at least 2; none stops at a tolerance.
         repeats: timed solves of each, of which the median is reported, at least 1.
-        picture: draw ``crossover.png`` into the run's folder; needs matplotlib.
+        picture: draw ``crossover.png`` into the run's folder.
 
     Raises:
         UserError: for an option outside its limits.
@@ -237,176 +234,14 @@ class _Clock:
         return [first.elapsed_time(mark) / 1e3 for mark in after]
 
 
-def crossing(forward: Trace, other: Trace, against: str = "seconds") -> Crossing | None:
-    """Where the mean residual of ``other`` goes below that of ``forward`` for good.
-
-    See :func:`deq.records.curves.crossing`.
-
-    Args:
-        against: ``seconds`` or ``evaluations``.
-    """
-    return curves.crossing(other.points(against), forward.points(against))
-
-
 def metrics_of(traces: Sequence[Trace], solver: Solver) -> dict[str, float]:
     """The mixing penalty and the crossover of the run's own solver, by their names in :mod:`deq.records.metrics`."""
     by_name = {trace.solver: trace for trace in traces}
     forward, own = by_name.get(FORWARD), by_name.get(named(solver))
     if forward is None or own is None or own.baseline:
         return {}
-    penalty = own.seconds_an_iteration - forward.seconds_an_iteration
-    found = {
-        "crossover/mixing_penalty_s": penalty,
-        "crossover/mixing_penalty": penalty / forward.seconds_an_iteration,
-    }
-    cross = crossing(forward, own)
+    penalty, cross = mixing_penalty(forward, own), crossing(forward, own)
+    found: dict[str, float] = {}
+    if penalty is not None:
+        found |= {"crossover/mixing_penalty_s": penalty.seconds, "crossover/mixing_penalty": penalty.share}
     return found if cross is None else found | {"crossover/residual": cross.residual}
-
-
-def draw(traces: Sequence[Trace], tol: float | None = None, *, highlight: str | None = None, title: str = "") -> Any:
-    """The figure: mean relative residual against evaluations and against seconds, what it costs and brings marked.
-
-    Args:
-        traces: forward iteration's first, as :func:`measure_traces` gives them.
-        tol: where the tolerance line is drawn, and the gain read.
-        highlight: the solver whose crossover with the first forward iteration and whose mixing penalty are marked;
-            default: of those that are no baseline, the one that is ahead of the rest at the end.
-        title: above both panels.
-
-    Returns: a matplotlib figure.
-
-    Raises:
-        ImportError: if matplotlib is not installed.
-    """
-    from matplotlib.figure import Figure
-
-    forward = next((trace for trace in traces if trace.baseline), None)
-    others = [trace for trace in traces if not trace.baseline]
-    own = next((trace for trace in others if trace.solver == highlight), None)
-    if own is None and others:
-        own = min(others, key=lambda trace: trace.residual_mean[-1])
-    figure = Figure(figsize=(11.5, 4.8), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    scale, unit = (1e3, "ms") if max(trace.seconds[-1] for trace in traces) < 2 else (1.0, "s")
-    for ax, against in zip(axes, ("evaluations", "seconds"), strict=True):
-        factor = 1.0 if against == "evaluations" else scale
-        colours = iter(_COLOURS)
-        for trace in traces:
-            bold = trace is own
-            style: dict[str, Any] = (
-                {"color": "0.25", "linestyle": "--"} if trace.baseline else {"color": next(colours, "0.6")}
-            )
-            x = [value * factor for value in getattr(trace, against)]
-            label = f"{trace.solver} (baseline)" if trace.baseline else trace.solver
-            ax.plot(x, trace.residual_mean, linewidth=2.4 if bold or trace.baseline else 1.3, label=label, **style)
-        ax.set_yscale("log")
-        ax.set_xlim(left=0)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25, linewidth=0.6)
-        if tol:
-            ax.axhline(tol, color="0.45", linewidth=0.8, linestyle=":")
-            ax.annotate(
-                f"tol {tol:g}", (0, tol), xycoords=("axes fraction", "data"), xytext=(4, 3),
-                textcoords="offset points", fontsize="small", color="0.35", ha="left",
-            )  # fmt: skip
-        if forward is not None and own is not None:
-            _mark_crossing(ax, forward, own, against, factor, unit)
-            _mark_gain(ax, forward, own, tol, against, factor, unit)
-    axes[0].set(xlabel="evaluations of f", ylabel="mean relative residual of the batch")
-    axes[1].set(xlabel=f"{'milliseconds' if unit == 'ms' else 'seconds'} since the solve began")
-    if forward is not None and own is not None:
-        _mark_penalty(axes[1], forward, own, scale)
-    axes[0].legend(frameon=False, loc="lower left", fontsize="small")
-    if title:
-        figure.suptitle(title, fontsize="medium")
-    return figure
-
-
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito: safe for colour-blind eyes
-_BOX = {"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
-
-
-def _amount(x: float, against: str, unit: str) -> str:
-    return f"{x:.1f} {unit}" if against == "seconds" else f"{x:.1f} evaluations"
-
-
-def _mark_crossing(ax: Any, forward: Trace, own: Trace, against: str, factor: float, unit: str) -> None:
-    """A dot where ``own`` goes below, or the words that it has been below all along."""
-    cross = crossing(forward, own, against)
-    if cross is None:
-        ahead = curves.ahead(own.points(against), forward.points(against))
-        words = f"no crossover: {own.solver} is ahead\nfrom the first iterations" if ahead else "no crossover so far"
-        ax.text(0.98, 0.97, words, transform=ax.transAxes, ha="right", va="top", fontsize="small", bbox=_BOX)
-        return
-    ax.plot([cross.x * factor], [cross.residual], "o", color="black", markersize=6, zorder=5)
-    ax.annotate(
-        f"crossover: ahead below residual {cross.residual:.2g},\nafter {_amount(cross.x * factor, against, unit)}",
-        (cross.x * factor, cross.residual), xytext=(0.98, 0.97), textcoords="axes fraction", ha="right", va="top",
-        fontsize="small", bbox=_BOX, arrowprops={"arrowstyle": "-", "color": "0.3", "linewidth": 0.8},
-    )  # fmt: skip
-
-
-def _reached(trace: Trace, against: str, tol: float) -> float | None:
-    """Where the mean residual first is at tol; None for never."""
-    for x, residual in zip(getattr(trace, against), trace.residual_mean, strict=True):
-        if residual <= tol:
-            return float(x)
-    return None
-
-
-def _mark_gain(ax: Any, forward: Trace, own: Trace, tol: float | None, against: str, factor: float, unit: str) -> None:
-    """An arrow along the tolerance line from forward iteration's count to that of ``own``."""
-    if not tol:
-        return
-    there, before = _reached(own, against, tol), _reached(forward, against, tol)
-    if there is None:
-        return
-    end = before if before is not None else getattr(forward, against)[-1]
-    if end <= there:
-        return
-    ax.annotate(
-        "",
-        (there * factor, tol),
-        (end * factor, tol),
-        arrowprops={"arrowstyle": "-|>", "color": "#009E73", "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0},
-    )
-    ratio = f"{'more than ' if before is None else ''}{end / there:.1f}×"
-    words = f"{ratio} fewer evaluations" if against == "evaluations" else f"{ratio} sooner"
-    ax.annotate(
-        words,
-        (end * factor, tol),
-        xytext=(8, 5),
-        textcoords="offset points",
-        va="bottom",
-        fontsize="small",
-        color="#00664B",
-        bbox=_BOX,
-    )
-
-
-def _mark_penalty(ax: Any, forward: Trace, own: Trace, scale: float) -> None:
-    """A bracket between the times at which both have made as many iterations."""
-    count = min(len(own.seconds), len(forward.seconds))
-    times = [trace.seconds[count - 1] * scale for trace in (forward, own)]
-    penalty = own.seconds_an_iteration - forward.seconds_an_iteration
-    share = penalty / forward.seconds_an_iteration
-    y = own.residual_mean[count - 1]
-    ax.plot([times[0]] * 2, [forward.residual_mean[count - 1], y], color="0.3", linewidth=0.8, linestyle=":")
-    ax.annotate(
-        "",
-        (times[0], y),
-        (times[1], y),
-        arrowprops={"arrowstyle": "|-|", "mutation_scale": 4, "linewidth": 1.4, "shrinkA": 0, "shrinkB": 0},
-    )
-    ax.annotate(
-        f"mixing penalty: {penalty * 1e3:+.2g} ms\nan iteration ({share:+.0%}), here\nof {count} iterations",
-        (max(times), y),
-        xytext=(0, -8),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        fontsize="small",
-        bbox=_BOX,
-    )
-    low, high = ax.get_ylim()
-    ax.set_ylim(min(low, y / 15), high)  # room for the words

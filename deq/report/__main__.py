@@ -19,9 +19,9 @@ from rich.table import Table as RichTable
 from deq import terminal
 from deq.records.errors import UserError
 from deq.records.files import shown, write_atomically
-from deq.report import png
 from deq.report.compare import Comparison, compare
-from deq.report.figures import Figure, figures_of
+from deq.report.figures.order import figures_of
+from deq.report.figures.style import Figure
 from deq.report.page import page
 from deq.report.record import record
 from deq.report.runs import read
@@ -81,7 +81,7 @@ def _report(folder: Path, out: Path, target: float | None) -> int:
         for figure in figures:
             picture = out / f"{figure.key}.png"
             if isinstance(figure, Figure):
-                png.save(figure, picture)
+                figure.save(picture)
             else:
                 picture.unlink(missing_ok=True)  # of an earlier report, which this one has no data for
         _write(out / "report.json", json.dumps(record(comparison, text, out), indent=2, allow_nan=False) + "\n")

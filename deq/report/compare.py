@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deq.records import curves
 from deq.records.curves import Crossing
+from deq.records.traces import Penalty, crossing, mixing_penalty
 from deq.report.arms import BASELINES, FORWARD, SOLVERS, Arm, arms_of, baselines_for, common, shown_knob
-from deq.report.runs import Evaluation, Run, Sweep, Trace
+from deq.report.runs import Evaluation, Run, Sweep
 
 OWN: dict[str, str] = {
     "test_accuracy_best": "test/accuracy",
@@ -148,8 +148,7 @@ class Against:
 class Trade:
     """What a solver's iterations cost and bring beside forward iteration's, on the traces of one run.
 
-    ``penalty_s``, ``penalty``: the mixing penalty, seconds an iteration more than forward iteration's and the same as
-    a share of it. Crossovers are None where the solver does not stay below.
+    Crossovers are None where the solver does not stay below.
     """
 
     arm: Arm
@@ -157,8 +156,7 @@ class Trade:
     solver: str
     by_evaluations: Crossing | None
     by_seconds: Crossing | None
-    penalty_s: float | None
-    penalty: float | None
+    penalty: Penalty | None
 
 
 @dataclass
@@ -329,35 +327,18 @@ def _trades(arms: Sequence[Arm]) -> list[Trade]:
                 continue
             forward = run.traces.baseline
             for curve in run.traces.others:
-                penalty = mixing_penalty(curve, forward)
+                penalty = mixing_penalty(forward, curve)
                 found.append(
                     Trade(
                         arm,
                         run,
                         curve.solver,
-                        crossover_by_evaluations(curve, forward),
-                        crossover_by_seconds(curve, forward),
+                        crossing(forward, curve, "evaluations"),
+                        crossing(forward, curve, "seconds"),
                         penalty,
-                        _ratio(penalty, curves.seconds_an_iteration(forward.seconds)),
                     )
                 )
     return found
-
-
-def crossover_by_evaluations(curve: Trace, forward: Trace) -> Crossing | None:
-    """After equally many evaluations of f; see :func:`deq.records.curves.crossing`."""
-    return curves.crossing(curve.points(curve.evaluations), forward.points(forward.evaluations))
-
-
-def crossover_by_seconds(curve: Trace, forward: Trace) -> Crossing | None:
-    """After equally many seconds."""
-    return curves.crossing(curve.points(curve.seconds), forward.points(forward.seconds))
-
-
-def mixing_penalty(curve: Trace, forward: Trace) -> float | None:
-    """Seconds an iteration more than forward iteration's, median against median; None for too short a trace."""
-    ours, theirs = curves.seconds_an_iteration(curve.seconds), curves.seconds_an_iteration(forward.seconds)
-    return ours - theirs if ours is not None and theirs is not None else None
 
 
 PAPER = {

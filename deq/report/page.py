@@ -7,18 +7,19 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
-from plotly.offline import get_plotlyjs
+import vl_convert
 
-from deq.report.figures import Drawn, Figure, Missing, Style
-from deq.report.plots import plot_of
+from deq.report.figures.style import DARK, SCHEMA, Figure, Look, Missing, Row
 from deq.report.runs import now
 from deq.report.tables import Cell, Gap, Table, Text
 
 _CSS = """
-:root { --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --paper: #ffffff; --ground: #f7f8fa; --accent: #0072b2; }
+:root { color-scheme: light dark; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --paper: #ffffff;
+  --ground: #f7f8fa; --accent: #0072b2; --warm: #fffaf0; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e5e7eb; --soft: #9ca3af; --line: #363b44; --paper: #1b1e24;
+  --ground: #121418; --accent: #6cb8ee; --warm: #2a2418; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI",
   Roboto, Helvetica, Arial, sans-serif; }
@@ -34,7 +35,7 @@ a { color: var(--accent); }
   border-left: 4px solid var(--accent); max-width: none; }
 .card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 16px 18px;
   margin: 0 0 16px; }
-.warning { border-left: 4px solid #e69f00; padding: 6px 14px; background: #fffaf0; margin: 6px 0; max-width: none; }
+.warning { border-left: 4px solid #e69f00; padding: 6px 14px; background: var(--warm); margin: 6px 0; max-width: none; }
 nav { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 8px 0 0; font-size: 0.92rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 16px; margin: 0; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
@@ -53,8 +54,9 @@ table.words th, table.words td { text-align: left; }
 td.long { white-space: normal; min-width: 260px; }
 td small { display: block; color: var(--soft); font-size: 0.86em; }
 .note { color: var(--soft); font-size: 0.87rem; margin-top: 8px; }
-.figure .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)); gap: 0 12px; }
-.figure .plot { min-width: 0; }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)); gap: 10px 16px; }
+.panels .plot { display: block; width: 100%; min-width: 0; }
+#vg-tooltip-element td { background: none; border: 0; white-space: normal; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; margin: 4px 0 2px; }
 .legend button { display: inline-flex; align-items: center; gap: 7px; border: 0; background: none; padding: 3px 2px;
   font: inherit; font-size: 0.86rem; color: var(--ink); cursor: pointer; text-align: left; }
@@ -67,38 +69,42 @@ td small { display: block; color: var(--soft); font-size: 0.86em; }
 
 _SCRIPT = """
 const figures = JSON.parse(document.getElementById("plots").textContent);
-// A touch screen has no hovering: there the buttons would always lie on the plot.
-const displayModeBar = matchMedia("(hover: hover)").matches ? "hover" : false;
-for (const [id, plot] of Object.entries(figures)) {
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const views = {};
+
+// Draws one panel: without the rows that the legend hides, and in the colours of the reader's screen.
+async function draw(id) {
   const div = document.getElementById(id);
-  div.style.height = plot.layout.height + "px";
-  Plotly.newPlot(div, plot.data, plot.layout, {responsive: true, displaylogo: false, displayModeBar,
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"], scrollZoom: false});
+  const off = new Set();
+  for (const button of div.closest(".figure").querySelectorAll(".legend [aria-pressed=false]"))
+    off.add(button.dataset.entry);
+  let text = JSON.stringify(figures[id]);
+  if (dark.matches)
+    for (const [light, night] of Object.entries(NIGHT)) text = text.replaceAll(`"${light}"`, `"${night}"`);
+  const spec = JSON.parse(text);
+  for (const [name, rows] of Object.entries(spec.datasets))
+    spec.datasets[name] = rows.filter((row) => !off.has(row.entry));
+  views[id]?.finalize();
+  // The page lets no script make code of text: ast.
+  views[id] = await vegaEmbed(div, spec, {
+    actions: false, renderer: "svg", ast: true, tooltip: {theme: dark.matches ? "dark" : "light"}});
 }
+
+const redraw = () => Object.keys(figures).forEach(draw);
+redraw();
+dark.addEventListener("change", redraw);
 for (const button of document.querySelectorAll(".legend button")) {
   button.addEventListener("click", () => {
-    const on = button.getAttribute("aria-pressed") !== "true";
-    button.setAttribute("aria-pressed", on);
-    for (const div of button.closest(".figure").querySelectorAll(".plot")) {
-      const name = button.dataset.entry;
-      const traces = div.data.flatMap((trace, index) => trace.legendgroup === name ? [index] : []);
-      if (traces.length) Plotly.restyle(div, {visible: on}, traces);
-      const others = {};
-      for (const kind of ["annotations", "shapes"]) (div.layout[kind] || []).forEach((one, index) => {
-        if (one.name === name) others[`${kind}[${index}].visible`] = on;
-      });
-      if (Object.keys(others).length) Plotly.relayout(div, others);
-    }
+    button.setAttribute("aria-pressed", button.getAttribute("aria-pressed") !== "true");
+    for (const div of button.closest(".figure").querySelectorAll(".plot")) draw(div.id);
   });
 }
 """
 
-_DASHES = {"solid": "", "dash": "7 4", "dot": "2 3"}
 
-
-def page(text: Text, figures: Sequence[Drawn], out: Path) -> str:
+def page(text: Text, figures: Sequence[Figure | Missing], out: Path) -> str:
     """The whole file. ``out``: the folder that it will lie in, which links to run folders start from."""
-    plots: dict[str, Any] = {}
+    plots: Row = {}
     drawn = [_figure(figure, plots) if isinstance(figure, Figure) else _missing(figure) for figure in figures]
     tables = [_table(table, out) for table in text.main]
     sections = [
@@ -115,6 +121,12 @@ def page(text: Text, figures: Sequence[Drawn], out: Path) -> str:
     links = "".join(f'<a href="#{key}">{_escape(title)}</a>' for key, title, _ in sections)
     # "</script>" inside the data would end the script.
     data = json.dumps(plots, allow_nan=False).replace("<", "\\u003c")
+    bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=SCHEMA).replace(
+        "</script", "<\\/script"
+    )
+    night = "".join(f'.legend line[stroke="{light}"]{{stroke:{dark}}}' for light, dark in DARK.items())
+    night = f"@media (prefers-color-scheme: dark) {{{night}}}"
+    script = f"const NIGHT = {json.dumps(DARK)};{_SCRIPT}"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -123,13 +135,13 @@ def page(text: Text, figures: Sequence[Drawn], out: Path) -> str:
         "style-src 'unsafe-inline'; img-src data: blob:\">"
         # Without an icon of its own a browser asks for one.
         '<link rel="icon" href="data:,">'
-        f"<title>{_escape(text.title)} · report</title><style>{_CSS}</style>"
-        f"<script>{get_plotlyjs()}</script></head><body><main>"
+        f"<title>{_escape(text.title)} · report</title><style>{_CSS}{night}</style>"
+        f"<script>{bundle}</script></head><body><main>"
         f'<h1>{_escape(text.title)}</h1><p class="soft">Report of {now()}</p>'
         f'<p class="headline">{_escape(text.headline)}</p>'
         + "".join(f'<p class="warning">{_escape(one)}</p>' for one in text.warnings)
         + f"<nav>{links}</nav>{body}</main>"
-        f'<script id="plots" type="application/json">{data}</script><script>{_SCRIPT}</script></body></html>\n'
+        f'<script id="plots" type="application/json">{data}</script><script>{script}</script></body></html>\n'
     )
 
 
@@ -182,28 +194,29 @@ def _as_url(path: str) -> str:
     return quote(path)
 
 
-def _figure(figure: Figure, plots: dict[str, Any]) -> str:
+def _figure(figure: Figure, plots: Row) -> str:
     divs = []
-    for number, panel in enumerate(figure.panels):
+    for number, spec in enumerate(figure.specs()):
         name = f"{figure.key}-panel-{number}"
-        plots[name] = plot_of(panel)
+        plots[name] = spec
         divs.append(f'<div class="plot" id="{name}"></div>')
-    legend = "".join(_entry(style) for style in figure.legend)
+    legend = "".join(_entry(look) for look in figure.looks)
     return (
         f'<figure class="card figure" id="{figure.key}" style="margin-inline:0"><h3>{_escape(figure.title)}</h3>'
-        f'<div class="legend">{legend}</div><div class="panels">{"".join(divs)}</div>'
+        f'<div class="panels">{"".join(divs)}</div><div class="legend">{legend}</div>'
         f'<figcaption class="note">{_escape(figure.caption)} '
         f'<a href="{figure.key}.png">PNG</a></figcaption></figure>'
     )
 
 
-def _entry(style: Style) -> str:
-    dashes = f' stroke-dasharray="{_DASHES[style.dash]}"' if _DASHES[style.dash] else ""
+def _entry(look: Look) -> str:
+    """A line of the legend, which a click hides."""
     line = (
-        f'<svg width="30" height="8" aria-hidden="true"><line x1="0" y1="4" x2="30" y2="4" stroke="{style.colour}" '
-        f'stroke-width="{max(style.width, 1.5):g}"{dashes}/></svg>'
+        f'<svg width="30" height="10" aria-hidden="true"><line x1="0" y1="5" x2="30" y2="5" stroke="{look.colour}" '
+        f'stroke-width="{max(look.width, 1.5):g}" stroke-dasharray="{look.dash[0]} {look.dash[1]}" '
+        f'stroke-opacity="{look.opacity:g}"/></svg>'
     )
-    entry = _escape(style.entry)
+    entry = _escape(look.entry)
     return f'<button type="button" aria-pressed="true" data-entry="{entry}">{line}{entry}</button>'
 
 

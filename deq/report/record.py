@@ -36,8 +36,8 @@ def record(comparison: Comparison, text: Text, out: Path) -> Json:
                 "seed": trade.run.seed,
                 "run": trade.run.folder.name,
                 "solver": trade.solver,
-                "mixing_penalty_s": trade.penalty_s,
-                "mixing_penalty": trade.penalty,
+                "mixing_penalty_s": trade.penalty.seconds if trade.penalty is not None else None,
+                "mixing_penalty": trade.penalty.share if trade.penalty is not None else None,
                 "crossover_by_evaluations": _crossover(trade.by_evaluations),
                 "crossover_by_seconds": _crossover(trade.by_seconds),
             }

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,8 +17,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from deq.records import metrics
+from deq.records import metrics, traces
 from deq.records.errors import first_line
+from deq.records.traces import Traces
 
 STATES = ("finished", "running", "interrupted", "failed", "unfinished")
 """``unfinished``: a folder without ``status.json`` whose files end before the run does."""
@@ -46,47 +47,6 @@ class Evaluation:
         """
         metrics.check([name])
         return self.values.get(name)
-
-
-@dataclass(frozen=True)
-class Trace:
-    """Relative residual of one batch's solve after each of K evaluations of f.
-
-    ``seconds``: from the start of the solve until the iterate after that evaluation is ready. ``mean``, ``low`` and
-    ``high``: over the batch, its 10th and 90th percentiles; K floats each.
-    """
-
-    solver: str
-    kind: str
-    baseline: bool
-    evaluations: list[int]
-    seconds: list[float]
-    mean: list[float]
-    low: list[float]
-    high: list[float]
-
-    def points(self, x: Sequence[float]) -> list[tuple[float, float]]:
-        """(x, mean residual)."""
-        return list(zip(x, self.mean, strict=True))
-
-
-@dataclass(frozen=True)
-class Traces:
-    """The content of a run's ``traces.json``."""
-
-    batch: str
-    stop: str
-    tol: float | None
-    device: str
-    curves: list[Trace]
-
-    @property
-    def baseline(self) -> Trace | None:
-        return next((curve for curve in self.curves if curve.baseline), None)
-
-    @property
-    def others(self) -> list[Trace]:
-        return [curve for curve in self.curves if not curve.baseline]
 
 
 @dataclass
@@ -281,8 +241,8 @@ def _run(folder: Path) -> Run | str:
         name: float(value) for name, value in (summary or {}).items() if name in metrics.NAMES and _is_finite(value)
     }
     _read_state(run, has_summary=summary is not None)
-    if (folder / "traces.json").is_file():
-        run.traces = _traces(folder / "traces.json")
+    if (folder / traces.FILE).is_file():
+        run.traces = traces.read(folder / traces.FILE)
         if run.traces is None:
             run.notes.append("traces.json cannot be read and is left out")
     return run
@@ -387,48 +347,6 @@ def _weighted(parts: list[tuple[int, Any]]) -> float | None:
     if len(known) < len(parts) or not total:
         return None
     return sum(weight * value for weight, value in known) / total
-
-
-def _traces(path: Path) -> Traces | None:
-    content = _json_object(path)
-    if content is None or not isinstance(content.get("traces"), list):
-        return None
-    curves = [curve for one in content["traces"] if (curve := _trace(one)) is not None]
-    tol = content.get("tol")
-    return Traces(
-        batch=str(content.get("batch", "one batch")),
-        stop=str(content.get("stop", "max")),
-        tol=float(tol) if _is_finite(tol) else None,
-        device=str(content.get("device", "")),
-        curves=curves,
-    )
-
-
-def _trace(content: Any) -> Trace | None:
-    """One curve without the points that are not finite; None if none is left."""
-    names = ("evaluations", "seconds", "residual_mean")
-    if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in names):
-        return None
-    columns = [content[name] for name in names]
-    for name in ("residual_p10", "residual_p90"):
-        columns.append(content[name] if isinstance(content.get(name), list) else content["residual_mean"])
-    # A logarithmic axis has no place for a residual of 0, which a solve that is exactly at its end may have.
-    points = [
-        point for point in zip(*columns, strict=False) if all(map(_is_finite, point)) and all(r > 0 for r in point[2:])
-    ]
-    if not points:
-        return None
-    kind = str(content.get("kind", ""))
-    return Trace(
-        solver=str(content.get("solver", kind)),
-        kind=kind,
-        baseline=bool(content.get("baseline", kind == "forward")),
-        evaluations=[int(point[0]) for point in points],
-        seconds=[float(point[1]) for point in points],
-        mean=[float(point[2]) for point in points],
-        low=[float(point[3]) for point in points],
-        high=[float(point[4]) for point in points],
-    )
 
 
 def _json_object(path: Path) -> dict[str, Any] | None:

@@ -390,8 +390,8 @@ def trade_table(comparison: Comparison) -> Table | None:
     for trade in comparison.trades:
         evaluations, seconds = trade.by_evaluations, trade.by_seconds
         penalty = "–"
-        if trade.penalty_s is not None and trade.penalty is not None:
-            penalty = f"{1e3 * trade.penalty_s:+.3g} ms ({100 * trade.penalty:+.0f} %)"
+        if trade.penalty is not None:
+            penalty = f"{1e3 * trade.penalty.seconds:+.3g} ms ({100 * trade.penalty.share:+.0f} %)"
         rows.append(
             [
                 Cell(trade.solver, trade.arm.label if len(comparison.arms) > 1 else ""),

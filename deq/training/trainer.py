@@ -25,6 +25,7 @@ from deq.measure.probe import Comparison, SpeedupProbe
 from deq.models import EquilibriumModel
 from deq.models.tutorial import TutorialDEQ
 from deq.records.errors import UserError, first_line
+from deq.records.traces import PICTURE
 from deq.records.tracker import Tracker
 from deq.solvers import Solver
 from deq.solvers.state import Nest, mapped
@@ -288,9 +289,12 @@ class Trainer:
         self.account.traced = crossover.metrics_of(traces, solver)
         self.tracker.traces(traces, about)
         if self.crossover.picture:
-            with self._warned(crossover.PICTURE):
-                figure = crossover.draw(traces, solver.tol, highlight=crossover.named(solver))
-                figure.savefig(self.tracker.folder / crossover.PICTURE, dpi=150)
+            with self._warned(PICTURE):
+                from deq.report.figures.crossover import draw  # a run that draws nothing does without what draws
+
+                words = f" Samples: {about['batch']}, with the model that was trained. Seconds: on {about['device']}."
+                figure = draw(traces, solver.tol, highlight=crossover.named(solver), about=words)
+                figure.save(self.tracker.folder / PICTURE)
 
     @contextlib.contextmanager
     def _warned(self, what: str) -> Iterator[None]:

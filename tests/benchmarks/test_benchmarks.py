@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import record
+from benchmarks import record, roofline, solve
 from benchmarks.cell import load_cell
 from benchmarks.record import folder_of
 from benchmarks.update import IncrementalUpdate
@@ -71,6 +71,16 @@ def test_a_cell_is_trained_written_and_solved(tmp_path: Path, monkeypatch: pytes
     assert injection.shape == (4, 8, 8, 8)
     assert cell(torch.zeros_like(injection), injection).shape == injection.shape
     run("benchmarks.solve", "--cell", str(file), "--rounds", "1", "--cap", "12", monkeypatch=monkeypatch)
+
+
+def test_the_pictures_are_those_of_the_numbers_and_leave_out_what_has_no_place_on_their_axes(tmp_path: Path) -> None:
+    curve = [(0.1, 1.0), (0.2, 0.1), (0.3, 0.0), (0.4, float("nan"))]
+    curves = {"forward iteration": curve, "Anderson m = 5": curve, "TorchDEQ anderson_solver, m = 5": [(9.0, 1e-9)]}
+    solve.draw({"one problem": curves, "another": curves}, 1e-2, tmp_path / "solve.png")
+    times = {"copy floor": 1e-3, roofline.OURS: 1.1e-3, "formula in eager PyTorch": 5e-3}
+    roofline.draw({2: times, 5: times}, 10**6, 1e11, tmp_path / "roofline.png")
+    for name in ("solve.png", "roofline.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_robustness_counts_what_gmres_cannot_be_beaten_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

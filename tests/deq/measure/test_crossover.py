@@ -6,19 +6,19 @@ import json
 import math
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from deq.measure import crossover
-from deq.measure.crossover import FORWARD, Crossover, crossing, draw, measure_traces, metrics_of, named
+from deq.measure.crossover import FORWARD, Crossover, measure_traces, metrics_of, named
 from deq.models.tutorial import TutorialAnderson, TutorialForward
 from deq.records import traces
 from deq.records.errors import UserError
-from deq.records.traces import Trace
-from deq.report.compare import crossover_by_evaluations, crossover_by_seconds
-from deq.report.runs import Trace as ReportTrace
+from deq.records.traces import PICTURE, Trace, crossing
+from deq.report.figures.crossover import draw
+from deq.report.figures.style import Figure
 from deq.solvers import Anderson, Broyden, Forward
 from tests.deq.training.test_training import trainer
 
@@ -66,19 +66,28 @@ def test_the_time_of_an_evaluation_includes_the_update_that_follows_it() -> None
     assert 0.01 <= trace.seconds_an_iteration < 0.03
 
 
+def test_what_is_read_from_the_file_is_what_was_written(tmp_path: Path) -> None:
+    forward = curve([1, 2, 3], [1e-1, 1e-2, 1e-3], FORWARD, baseline=True)
+    other = curve([1.5, 2, 2.5, 3], [1e-2, 1e-1, 1e-5, 0.0], "Anderson m = 3")
+    about = {"batch": "4 test images", "stop": "mean", "tol": 1e-2, "device": "cpu"}
+    traces.save(tmp_path, [forward, other], about)
+    read = traces.read(tmp_path / traces.FILE)
+    assert read == traces.Traces(**about, curves=[forward, other])  # type: ignore[arg-type]
+    # A solve that broke down was written without what is not a number.
+    traces.save(tmp_path, [curve([1, 2, 3], [1e-1, math.inf, math.nan], "broken")], {})
+    read = traces.read(tmp_path / traces.FILE)
+    assert read is not None
+    assert (read.curves[0].residual_mean, read.tol) == ([1e-1], None)
+    (tmp_path / traces.FILE).write_text("[]")
+    assert traces.read(tmp_path / traces.FILE) is None
+
+
 def test_curves_cross_where_the_other_goes_below_for_good() -> None:
     forward = curve([1, 2, 3, 4], [1e-1, 1e-2, 1e-3, 1e-4])
     # Below between 1.5 and 2, above again, and below for good from between 2.5 and 3.
     other = curve([1.5, 2, 2.5, 3, 4], [1e-2, 1e-1, 1e-1, 1e-5, 1e-6])
     cross = crossing(forward, other)
     assert cross is not None
-    # The report, which reads files, finds the same one.
-    read = [
-        ReportTrace(t.solver, "", t.baseline, t.evaluations, t.seconds, t.residual_mean, [], [])
-        for t in (other, forward)
-    ]
-    assert crossover_by_seconds(*read) == cross
-    assert crossover_by_evaluations(*read) == crossing(forward, other, "evaluations")
     assert 2.5 < cross.x < 3
     log_forward = -math.log(10) * cross.x  # a straight line through the points above
     assert math.log(cross.residual) == pytest.approx(log_forward)
@@ -128,11 +137,28 @@ def test_a_run_leaves_its_traces_and_its_picture(tmp_path: Path) -> None:
     assert content["batch"] == "32 test images"
     assert content["tol"] == 1e-2
     assert "crossover/mixing_penalty" in summary
-    assert (tmp_path / crossover.PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / PICTURE).read_bytes().startswith(b"\x89PNG")
 
 
-def words(figure: object) -> str:
-    return "\n".join(text.get_text() for ax in figure.axes for text in ax.texts)  # type: ignore[attr-defined]
+@pytest.mark.parametrize(
+    ("where", "error"), [("vl_convert.vegalite_to_png", ValueError), ("altair.concat", ImportError)]
+)
+def test_a_picture_that_cannot_be_drawn_costs_a_warning_and_not_the_run(
+    where: str, error: type[Exception], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with mock.patch(where, side_effect=error("out of order")):
+        trainer(tmp_path, epochs=1, crossover=Crossover(max_iter=4, repeats=1)).run()
+    out, err = capsys.readouterr()
+    assert "warning: there is no crossover.png: " in out + err
+    assert (tmp_path / traces.FILE).is_file()
+    assert not (tmp_path / PICTURE).exists()
+
+
+def words(figure: Figure) -> str:
+    """All that is written into the panels."""
+    specs = figure.specs()
+    rows = [row for spec in specs for data in spec["datasets"].values() for row in data if "text" in row]
+    return "\n".join(" ".join(row["text"]) for row in rows)
 
 
 def test_the_picture_marks_crossover_penalty_and_gain_on_both_axes() -> None:
@@ -142,11 +168,13 @@ def test_the_picture_marks_crossover_penalty_and_gain_on_both_axes() -> None:
     said = words(figure)
     assert said.count("crossover: ahead below residual") == 2
     assert "mixing penalty: +5e+02 ms" in said
-    assert "(+50%)" in said
+    assert "(+50 %)" in said
     assert "2.0× fewer evaluations" in said
     assert "1.3× sooner" in said
-    assert [ax.get_xlabel() for ax in figure.axes] == ["evaluations of f", "seconds since the solve began"]
-    assert "(baseline)" in figure.axes[0].get_legend().get_texts()[0].get_text()
+    for spec, title in zip(figure.specs(), ("evaluations of f", "time since the solve began, s"), strict=True):
+        assert f'"title": "{title}"' in json.dumps(spec)
+    assert [look.entry for look in figure.looks] == [f"{FORWARD} (baseline)", "Anderson m = 4", "tol 0.01"]
+    assert figure.looks[0].dash != (1, 0)
 
 
 def test_the_picture_says_so_where_curves_do_not_cross() -> None:
@@ -154,6 +182,12 @@ def test_the_picture_says_so_where_curves_do_not_cross() -> None:
     assert "no crossover so far" in words(draw([forward, curve([2, 4, 6], [0.5, 0.5, 0.5], "slow")], tol=1e-2))
     assert "ahead" in words(draw([forward, curve([0.5, 1, 1.5], [1e-2, 1e-3, 1e-5], "fast")], tol=1e-2))
     assert words(draw([forward])) == ""
+
+
+def test_forward_iteration_that_never_reaches_the_tolerance_is_said_to_take_more_than_it_was_followed() -> None:
+    forward = curve([1, 2, 3, 4], [1e-1, 9e-2, 8e-2, 7e-2], FORWARD, baseline=True)
+    own = curve([1.5, 3], [2e-1, 1e-3], "Anderson m = 4")
+    assert "more than 2.0× fewer evaluations" in words(draw([forward, own], tol=1e-2))
 
 
 def test_bad_options_are_refused() -> None:

@@ -20,13 +20,15 @@ import pytest
 from omegaconf import OmegaConf
 
 from deq.records import metrics
+from deq.records.traces import Trace, crossing, mixing_penalty
 from deq.report import runs, tables
 from deq.report.__main__ import main
 from deq.report.arms import arms_of
-from deq.report.compare import compare, crossover_by_evaluations, crossover_by_seconds, mixing_penalty
-from deq.report.figures import MOST_COLOURED, Figure, Missing, figures_of, styles_of
-from deq.report.plots import plot_of
-from deq.report.runs import Trace, read
+from deq.report.compare import compare
+from deq.report.figures.looks import MOST_COLOURED, looks_of
+from deq.report.figures.order import figures_of
+from deq.report.figures.style import DARK, Figure, Missing, log_ticks
+from deq.report.runs import read
 
 ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "deq" / "report"
@@ -173,10 +175,11 @@ def two_arms(folder: Path, **keywords: Any) -> Path:
 
 
 def report_of(folder: Path, *arguments: str, draw: bool = False) -> dict[str, Any]:
-    """What report.json holds. Pictures, which take most of the time, are empty files unless they are looked at."""
+    """What report.json holds. Pictures and the script, which take most of the time, are empty unless ``draw``."""
     with contextlib.ExitStack() as stack:
         if not draw:
-            stack.enter_context(mock.patch("deq.report.png.save", lambda figure, path: path.touch()))
+            stack.enter_context(mock.patch.object(Figure, "save", lambda figure, path: path.touch()))
+            stack.enter_context(mock.patch("vl_convert.javascript_bundle", return_value=""))
         assert main([str(folder), *arguments]) == 0
     content: dict[str, Any] = json.loads((folder / "report" / "report.json").read_text())
     return content
@@ -186,6 +189,24 @@ def arm(report: dict[str, Any], label: str) -> dict[str, Any]:
     (found,) = [one for one in report["arms"] if one["label"] == label]
     assert isinstance(found, dict)
     return found
+
+
+def figure_of(folder: Path, key: str) -> Figure:
+    (figure,) = [one for one in figures_of(compare(read(folder))) if one.key == key]
+    assert isinstance(figure, Figure), figure
+    return figure
+
+
+def drawn(figure: Figure, number: int = 0, kind: str | None = None) -> list[dict[str, Any]]:
+    """The rows that a panel draws: all, or those of one kind of mark."""
+    spec = figure.specs()[number]
+    layers = [layer for layer in spec["layer"] if kind in (None, layer["mark"]["type"])]
+    return [row for name in dict.fromkeys(one["data"]["name"] for one in layers) for row in spec["datasets"][name]]
+
+
+def said(figure: Figure, number: int = 0) -> list[str]:
+    """The words within a panel."""
+    return list(dict.fromkeys("\n".join(row["text"]) for row in drawn(figure, number, "text")))
 
 
 def words(folder: Path) -> str:
@@ -365,11 +386,13 @@ def test_measured_joules_give_the_energy_saved_and_the_figure(tmp_path: Path) ->
     against = arm(report, "Anderson")["against"]["Forward"]
     assert against["energy_saved"]["median"] == 0.75  # 1 − 50/200
     assert against["energy_counter"] == "CPU"
-    (energy,) = [one for one in figures_of(compare(read(tmp_path))) if one.key == "energy"]
-    assert isinstance(energy, Figure)
-    bars = energy.panels[0].bars
-    assert bars is not None
-    assert bars.parts == {"training, CPU": [300, 75], "evaluation, CPU": [3, 3]}
+    bars = {(row["name"], row["entry"]): row["x"] for row in drawn(figure_of(tmp_path, "energy"), kind="bar")}
+    assert bars == {
+        ("forward iteration (baseline)", "training, CPU"): 300,
+        ("forward iteration (baseline)", "evaluation, CPU"): 3,
+        ("Anderson", "training, CPU"): 75,
+        ("Anderson", "evaluation, CPU"): 3,
+    }
 
 
 def test_without_a_counter_nothing_is_called_joules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -397,20 +420,16 @@ def test_crossover_and_mixing_penalty_are_those_worked_out_by_hand(tmp_path: Pat
     forward, curve = traces.curves
     # After three evaluations 0.1 is below 0.25 and stays below; after two, 0.6 is above 0.5. Straight in the logarithm
     # between: log 1.2 of log 1.2 + log 2.5.
-    crossing = crossover_by_evaluations(curve, forward)
-    assert crossing is not None
-    assert crossing == pytest.approx((2.16596, 0.44567), rel=1e-4)
+    assert crossing(forward, curve, "evaluations") == pytest.approx((2.16596, 0.44567), rel=1e-4)
     # At 40 ms 0.1 is below 0.125; at 30 ms it is at 0.6 / 6^(4/14) = 0.3596, above 0.25.
-    crossing = crossover_by_seconds(curve, forward)
-    assert crossing is not None
-    assert crossing == pytest.approx((0.0361965, 0.162707), rel=1e-4)
-    assert mixing_penalty(curve, forward) == pytest.approx(0.004)  # 14 ms against 10
-    (figure,) = [one for one in figures_of(compare(read(tmp_path))) if one.key == "residual"]
-    assert isinstance(figure, Figure)
-    bracket = figure.panels[0].brackets[0]
-    assert (bracket.x0, bracket.x1) == (40, 54)  # ms after four evaluations, as far as both go
-    assert "+4 ms an iteration (+40 %)" in bracket.text
-    assert figure.panels[0].marks[0].text == "crossover: 1.6e-01<br>at 36.2 ms"
+    assert crossing(forward, curve, "seconds") == pytest.approx((0.0361965, 0.162707), rel=1e-4)
+    assert mixing_penalty(forward, curve) == pytest.approx((0.004, 0.4))  # 14 ms against 10
+    figure = figure_of(tmp_path, "residual")
+    bracket = [row for row in drawn(figure, 1, "rule") if "x2" in row and "y2" not in row]
+    assert (40, 54) in [(row["x"], row["x2"]) for row in bracket]  # ms after four evaluations, as far as both go
+    assert any("+4 ms\nan iteration (+40 %)" in text for text in said(figure, 1))
+    assert "crossover: ahead below residual 0.16,\nafter 36.2 ms" in said(figure, 1)
+    assert "crossover: ahead below residual 0.45,\nafter 2.17 evaluations" in said(figure, 0)
 
 
 def test_two_baselines_in_one_trace_are_both_named_and_neither_is_compared(tmp_path: Path) -> None:
@@ -418,17 +437,17 @@ def test_two_baselines_in_one_trace_are_both_named_and_neither_is_compared(tmp_p
     write_run(tmp_path / "0_a", config_of("Anderson", 0), ANDERSON[0], traces=[*TRACES, second])
     comparison = compare(read(tmp_path))
     assert [one.solver for one in comparison.trades] == ["Anderson m = 5"]
-    (figure,) = [one for one in figures_of(comparison) if one.key == "residual"]
-    assert isinstance(figure, Figure)
-    assert len({style.entry for style in figure.legend if style.entry.endswith("(baseline)")}) == 2
-    assert len(figure.panels[0].lines) == 3
+    figure = figure_of(tmp_path, "residual")
+    assert len({look.entry for look in figure.looks if look.entry.endswith("(baseline)")}) == 2
+    assert all(look.dash != (1, 0) for look in figure.looks if look.entry.endswith("(baseline)"))
+    assert len({row["name"] for row in drawn(figure, kind="line")}) == 3
 
 
 def test_a_solver_that_does_not_stay_below_has_no_crossover() -> None:
-    forward = Trace("f", "forward", True, [1, 2, 3], [1, 2, 3], [1, 0.5, 0.1], [1, 1, 1], [1, 1, 1])
-    curve = Trace("a", "anderson", False, [1, 2, 3], [1, 2, 3], [1, 0.4, 0.2], [1, 1, 1], [1, 1, 1])
-    assert crossover_by_evaluations(curve, forward) is None
-    assert crossover_by_seconds(curve, forward) is None
+    forward = Trace(**trace("f", True, [1, 2, 3], [1, 0.5, 0.1]))
+    curve = Trace(**trace("a", False, [1, 2, 3], [1, 0.4, 0.2]))
+    assert crossing(forward, curve, "evaluations") is None
+    assert crossing(forward, curve, "seconds") is None
 
 
 def test_runs_that_did_not_finish_are_named_and_count_in_no_number(tmp_path: Path) -> None:
@@ -572,19 +591,18 @@ def test_window_against_beta_is_a_map_of_seconds_to_the_target(tmp_path: Path) -
                 write_run(tmp_path / f"{number}_a", config_of("Anderson", 0, window=window, beta=beta), points)
                 number += 1
     write_run(tmp_path / "9_a", config_of("Anderson", 0, window=10, beta=0.5), [(9, 0.1, 1)])
-    figure, counts = [one for one in figures_of(compare(read(tmp_path))) if one.key.startswith("window-beta")]
-    assert isinstance(counts, Figure)
-    assert isinstance(figure, Figure)
-    heat = figure.panels[0].heat
-    assert heat is not None
-    assert (heat.x, heat.y) == (["2", "10"], ["0.5", "1"])
-    assert heat.values == [[2.5, None], [3.0, 11.0]]
-    assert heat.texts[0][1] == "1 of 1 never"
+    cells = {(row["window"], row["beta"]): row for row in drawn(figure_of(tmp_path, "window-beta"), kind="text")}
+    assert {place: cell["value"] for place, cell in cells.items()} == {
+        (2, 0.5): 2.5, (10, 0.5): None, (2, 1.0): 3.0, (10, 1.0): 11.0
+    }  # fmt: skip
+    assert cells[10, 0.5]["text"] == ["1 of 1 never"]
     # Where the target is never reached, there still are evaluations: those that write_run gives a first row.
-    both = counts.panels[0].heat
-    assert both is not None
-    assert both.values == [[18.0, 18.0], [18.0, 18.0]]
-    assert both.texts[0][1] == "10.0 + 8.0"
+    cells = {(row["window"], row["beta"]): row for row in drawn(figure_of(tmp_path, "window-beta-evaluations"))}
+    assert {cell["value"] for cell in cells.values()} == {18.0}
+    assert cells[10, 0.5]["text"] == ["10.0 + 8.0"]
+    shutil.rmtree(tmp_path / "9_a")
+    cells = {(row["window"], row["beta"]): row for row in drawn(figure_of(tmp_path, "window-beta"), kind="text")}
+    assert (cells[10, 0.5]["value"], cells[10, 0.5]["text"]) == (None, ["not run"])
 
 
 def test_the_papers_table_is_for_cifar10_alone_and_states_the_conditions(tmp_path: Path) -> None:
@@ -613,15 +631,15 @@ def test_of_many_arms_the_fastest_have_colours_and_none_is_left_out(tmp_path: Pa
         points = [(1.0 + number, 0.9, 1.0)]
         write_run(tmp_path / f"{1 + number}_a", config_of("Anderson", 0, window=1 + number), points)
     comparison = compare(read(tmp_path))
-    styles = styles_of(comparison)
-    others = [styles[id(one.arm)] for one in comparison.arms if not one.arm.is_baseline]
-    assert sum(not style.faint for style in others) == MOST_COLOURED - 1
-    assert not any(style.faint for style in others[: MOST_COLOURED - 1])  # sorted by window, and so by speed
-    assert len({style.colour for style in others if not style.faint}) == MOST_COLOURED - 1
-    accuracy = figures_of(comparison)[0]
-    assert isinstance(accuracy, Figure)
-    assert len(accuracy.panels[0].lines) == 37
-    assert [style.entry for style in accuracy.legend if style.faint] == ["30 other arms"]
+    looks = looks_of(comparison)
+    others = [looks[id(one.arm)] for one in comparison.arms if not one.arm.is_baseline]
+    assert sum(not look.faint for look in others) == MOST_COLOURED - 1
+    assert not any(look.faint for look in others[: MOST_COLOURED - 1])  # sorted by window, and so by speed
+    assert len({look.colour for look in others if not look.faint}) == MOST_COLOURED - 1
+    accuracy = figure_of(tmp_path, "accuracy")
+    assert len({row["name"] for row in drawn(accuracy, kind="line")}) == 37
+    assert [look.entry for look in accuracy.looks if look.faint] == ["30 other arms"]
+    assert len({row["place"] for row in drawn(figure_of(tmp_path, "energy"), kind="bar")}) == 37
     for table in tables.text_of(comparison).main:
         assert len(table.rows) == 37
 
@@ -665,7 +683,7 @@ def test_the_terminal_shows_the_main_table_in_few_columns_and_every_number_whole
 def test_only_names_of_the_one_list_are_read() -> None:
     groups = "|".join(sorted({name.partition("/")[0] for name in metrics.NAMES}))
     found = set()
-    for file in PACKAGE.glob("*.py"):
+    for file in PACKAGE.rglob("*.py"):
         found |= set(re.findall(rf'"((?:{groups})/[^"]+)"', file.read_text()))
         # A name put together from parts could not be checked so.
         assert not re.search(rf'f"(?:{groups})/', file.read_text()), file
@@ -678,48 +696,40 @@ def test_the_report_is_quick_since_it_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-class Drawn(html.parser.HTMLParser):
-    """What a browser made of each plot: id of its element → number of curves, bars and images in it."""
+class Elements(html.parser.HTMLParser):
+    """What a browser made of each plot: id of its element → curves, bars, points and cells in it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.marks: dict[str, int] = {}
         self.fetched: list[str] = []
-        self._plot, self._depth = "", 0
+        self._plot = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = {name: value or "" for name, value in attrs}
-        kinds = values.get("class", "").split()
-        if tag == "div" and "plot" in kinds:
-            self._plot, self._depth = values["id"], 0
+        if tag == "div" and "plot" in values.get("class", "").split():
+            self._plot = values["id"]
             self.marks[self._plot] = 0
-        if tag == "div" and self._plot:
-            self._depth += 1
-        drawn = (tag == "path" and "d" in values and {"js-line", "point"} & set(kinds)) or tag == "image"
-        self.marks[self._plot] = self.marks.get(self._plot, 0) + bool(drawn)
-        if tag == "path" and self._bar and "d" in values:
+        if values.get("role") == "graphics-symbol" and self._plot:
             self.marks[self._plot] += 1
-        self._bar = tag == "g" and "point" in kinds
         for name in ("src", "href", "xlink:href"):
             if re.match(r"(https?:)?//", values.get(name, "")):
                 self.fetched.append(values[name])
 
-    _bar = False
 
-    def handle_endtag(self, tag: str) -> None:
-        if tag == "div" and self._plot:
-            self._depth -= 1
-            if self._depth == 0:
-                self._plot = ""
-
-
-def browse(page: Path, profile: Path) -> tuple[str, list[str]]:
+def browse(page: Path, profile: Path, *flags: str) -> tuple[str, list[str]]:
     """The page's elements once it has settled, and what it wrote on the console."""
     assert BROWSER is not None
-    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
+    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", *flags]
     command += [f"--user-data-dir={profile}", "--virtual-time-budget=5000", "--dump-dom", page.as_uri()]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=90)
     return run.stdout, [line for line in run.stderr.splitlines() if "CONSOLE" in line]
+
+
+def elements_of(content: str) -> Elements:
+    found = Elements()
+    found.feed(content[content.index("<body") :])
+    return found
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome to open the page")
@@ -729,52 +739,118 @@ def test_the_page_opens_in_a_browser_draws_every_figure_and_fetches_nothing(tmp_
         for number, (window, beta) in enumerate(((5, 0.5), (2, 0.5), (2, 1.0))):
             config = config_of("Anderson", seed, window=window, beta=beta)
             write_run(sweep / f"{10 * (seed + 1) + number}_a", config, ANDERSON[seed])
-    report_of(sweep)
+    report_of(sweep, draw=True)
+    page = (sweep / "report" / "report.html").read_text()
+    assert len(page) < 1_500_000
+    assert page.count("vegaEmbed = vegaEmbed") <= 1  # one script for all figures
     figures = figures_of(compare(read(sweep)))
     assert all(isinstance(one, Figure) for one in figures)
     content, console = browse(sweep / "report" / "report.html", tmp_path / "profile")
     assert console == []
-    drawn = Drawn()
-    drawn.feed(content[content.index("<body") :])
-    drawn.marks.pop("", None)
+    found = elements_of(content)
     panels = {f"{one.key}-panel-{n}" for one in figures if isinstance(one, Figure) for n in range(len(one.panels))}
-    assert drawn.marks.keys() == panels
-    assert min(drawn.marks.values()) > 0, drawn.marks
-    assert drawn.fetched == []
-    assert not re.search(r'<(?:script|link|img)[^>]+(?:src|href)="(?!data:)', content)
+    assert found.marks.keys() == panels
+    assert min(found.marks.values()) > 0, found.marks
+    assert found.fetched == []
+    outside = re.sub(r"<script\b.*?</script>", "<script></script>", content, flags=re.DOTALL)
+    assert not re.search(r'<(?:script|link|img)[^>]+(?:src|href)="(?!data:)', outside)
     # A click on the legend takes the baseline's curve, band and points away.
     clicked = sweep / "report" / "clicked.html"
     click = '<script>setTimeout(() => document.querySelector("#accuracy .legend button").click(), 500)</script>'
-    clicked.write_text((sweep / "report" / "report.html").read_text().replace("</body>", f"{click}</body>"))
+    before, _, after = page.rpartition("</body>")
+    clicked.write_text(f"{before}{click}</body>{after}")
     content, console = browse(clicked, tmp_path / "profile")
     assert console == []
-    without = Drawn()
-    without.feed(content[content.index("<body") :])
-    assert without.marks["accuracy-panel-0"] < drawn.marks["accuracy-panel-0"]
-    assert without.marks["evaluations-panel-0"] == drawn.marks["evaluations-panel-0"]
+    without = elements_of(content)
+    assert 0 < without.marks["accuracy-panel-0"] < found.marks["accuracy-panel-0"]
+    assert without.marks["evaluations-panel-0"] == found.marks["evaluations-panel-0"]
+    # On a dark screen nothing of a figure is black.
+    content, console = browse(
+        sweep / "report" / "report.html", tmp_path / "dark", "--blink-settings=preferredColorScheme=0"
+    )
+    assert console == []
+    plots = content[content.index('<figure class="card figure"') : content.index('<script id="plots"')]
+    plots = re.sub(r'<div class="legend">.*?</div>', "", plots)  # the page's own styles colour these lines
+    assert DARK["#222222"] in plots
+    assert not any(f'"{light}"' in plots for light in DARK)
     # A page that fails is seen to fail.
     broken = tmp_path / "broken.html"
-    broken.write_text('<div class="plot" id="a"></div><script>Plotly.newPlot("a")</script>')
+    broken.write_text('<body><div class="plot" id="a"></div><script>vegaEmbed("#a", {})</script></body>')
     content, console = browse(broken, tmp_path / "profile")
-    drawn = Drawn()
-    drawn.feed(content)
-    assert (drawn.marks["a"], len(console)) == (0, 1)
+    assert (elements_of(content).marks["a"], len(console)) == (0, 1)
 
 
-def test_plotly_knows_every_attribute_and_every_figure_is_a_png(tmp_path: Path) -> None:
-    from plotly import graph_objects
+AWKWARD = ["<b>\"Bär\" & 'x'</b></script><script>alert(1)</script>", "日本 語 \\ back", "a" * 90, "$[0].b {c} `t` ${d}"]
+"""Names that mean something to HTML, JavaScript, Vega or a file system."""
 
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome to open the page")
+def test_names_of_any_letters_are_drawn_as_they_are(tmp_path: Path) -> None:
+    for number, name in enumerate(AWKWARD):
+        data = {"_target_": "deq.data.digits", "augment": name, "train_size": None, "test_size": None}
+        curves = [TRACES[0], TRACES[1] | {"solver": name}]
+        write_run(tmp_path / "sweep" / f"{number}_a", config_of("Anderson", 0, data=data), ANDERSON[0], traces=curves)
+    report_of(tmp_path / "sweep", draw=True)
+    content, console = browse(tmp_path / "sweep" / "report" / "report.html", tmp_path / "profile")
+    assert console == []
+    assert min(elements_of(content).marks.values()) > 0
+    text = html.unescape(content)
+    for name in AWKWARD:
+        assert f'data-entry="Anderson · data.augment {name}"' in text
+
+
+def test_what_a_logarithmic_axis_has_no_place_for_is_left_out_and_the_rest_is_drawn(tmp_path: Path) -> None:
+    nothing = trace("Anderson m = 5", False, [0.01, 0.02, 0.03, 0.04], [1, 0.1, 0, 0])
+    nothing["residual_mean"][1] = None
+    nothing["residual_p10"] = [0, 0, 0, None]
+    write_run(tmp_path / "0_a", config_of("Anderson", 0), ANDERSON[0], traces=[TRACES[0], nothing])
+    figure = figure_of(tmp_path, "residual")
+    curve = [row for row in drawn(figure, kind="line") if row["name"] == "Anderson m = 5"]
+    assert [(row["x"], row["y"], "low" in row) for row in curve] == [(1, 1, False)]
+    assert len([row for row in drawn(figure, kind="line") if row["name"] == "forward iteration"]) == 6
+    assert figure.png().startswith(b"\x89PNG")
+    zeros = [trace(one, one == "f", [0.01, 0.02], [0, 0]) for one in ("f", "a")]
+    write_run(tmp_path / "1_a", config_of("Anderson", 0, window=2), ANDERSON[0], traces=zeros)
+    assert figure_of(tmp_path, "residual-2").png().startswith(b"\x89PNG")
+
+
+def test_a_single_evaluation_is_a_point_and_not_an_empty_figure(tmp_path: Path) -> None:
+    once = [trace("forward iteration", True, [0.01], [0.5]), trace("Anderson m = 5", False, [0.01], [0.2])]
+    write_run(tmp_path / "0_a", config_of("Anderson", 0), ANDERSON[0][:1], traces=once)
+    for key in ("accuracy", "evaluations", "residual"):
+        spec = figure_of(tmp_path, key).specs()[0]
+        seen = [layer["mark"] for layer in spec["layer"] if layer["mark"]["type"] == "point"]
+        assert any(mark.get("fillOpacity") != 0 and mark.get("size") == 26 for mark in seen), key
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (1e-3, 1.0, [1e-3, 1e-2, 1e-1, 1.0]),
+        (0.15, 0.9, [0.2, 0.5]),
+        (0.011, 0.013, [0.0112, 0.012, 0.0128]),
+        (3.0, 150.0, [5.0, 10.0, 20.0, 50.0, 100.0]),
+        (1e-16, 1.0, [1e-16, 1e-14, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2, 1.0]),
+    ],
+)
+def test_a_logarithmic_axis_has_few_round_ticks(low: float, high: float, ticks: list[float]) -> None:
+    assert log_ticks(low, high) == ticks
+
+
+def test_every_figure_is_vega_lite_with_named_axes_and_a_png(tmp_path: Path) -> None:
     sweep = two_arms(tmp_path, traces=TRACES)
     for number, (window, beta) in enumerate(((5, 0.5), (2, 0.5), (2, 1.0))):
         write_run(sweep / f"{10 + number}_a", config_of("Anderson", 0, window=window, beta=beta), ANDERSON[0])
     report_of(sweep, draw=True)
-    figures = figures_of(compare(read(sweep)))
-    for figure in figures:
+    for figure in figures_of(compare(read(sweep))):
         assert isinstance(figure, Figure)
         for panel in figure.panels:
-            graph_objects.Figure(plot_of(panel))  # raises ValueError for a name that plotly does not have
-            assert panel.x_title
-            assert panel.y_title or panel.bars
+            spec = panel.to_dict(validate=True)  # raises for a name or a value that Vega-Lite does not have
+            axes = [layer["encoding"][axis].get("axis") for layer in spec["layer"] for axis in ("x", "y")
+                    if axis in layer["encoding"]]  # fmt: skip
+            titles = {axis["title"] for axis in axes if axis}
+            assert len(titles) == (1 if figure.key == "energy" else 2), figure.key
+            assert all(titles)
         assert figure.title
         assert figure.caption
         assert (sweep / "report" / f"{figure.key}.png").read_bytes().startswith(b"\x89PNG")

@@ -21,10 +21,11 @@ from deq.records.errors import UserError
 from deq.records.files import shown, write_atomically
 from deq.report.compare import Comparison, compare
 from deq.report.figures.order import figures_of
-from deq.report.figures.style import Figure
+from deq.report.figures.style import SCHEMA, Figure
 from deq.report.page import page
 from deq.report.record import record
 from deq.report.runs import read
+from deq.report.script import in_the_making
 from deq.report.tables import Table, Text, main_columns, text_of
 from deq.terminal import MISTAKE, Parser, tell
 
@@ -74,20 +75,21 @@ def _report(folder: Path, out: Path, target: float | None) -> int:
             place, reason = sweep.unreadable[0]
             more = f" ({place}: {reason})"
         raise UserError(f"{folder} holds no run that can be read{more}; give a folder that train.py wrote under runs/")
-    comparison = compare(sweep, target)
-    text, figures = text_of(comparison), figures_of(comparison)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for figure in figures:
-            picture = out / f"{figure.key}.png"
-            if isinstance(figure, Figure):
-                figure.save(picture)
-            else:
-                picture.unlink(missing_ok=True)  # of an earlier report, which this one has no data for
-        _write(out / "report.json", json.dumps(record(comparison, text, out), indent=2, allow_nan=False) + "\n")
-        _write(out / "report.html", page(text, figures, out))
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}); give another folder with --out") from error
+    with in_the_making(SCHEMA) as script:
+        comparison = compare(sweep, target)
+        text, figures = text_of(comparison), figures_of(comparison)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for figure in figures:
+                picture = out / f"{figure.key}.png"
+                if isinstance(figure, Figure):
+                    figure.save(picture)
+                else:
+                    picture.unlink(missing_ok=True)  # of an earlier report, which this one has no data for
+            _write(out / "report.json", json.dumps(record(comparison, text, out), indent=2, allow_nan=False) + "\n")
+            _write(out / "report.html", page(text, figures, out, script.result()))
+        except OSError as error:
+            raise UserError(f"{out} cannot be written ({error.strerror}); give another folder with --out") from error
     _print(comparison, text, out)
     return 0
 

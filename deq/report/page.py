@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-import vl_convert
-
-from deq.report.figures.style import DARK, SCHEMA, Figure, Look, Missing, Row
+from deq.report.figures.style import DARK, Figure, Look, Missing, Row
 from deq.report.runs import now
 from deq.report.tables import Cell, Gap, Table, Text
 
@@ -102,8 +100,13 @@ for (const button of document.querySelectorAll(".legend button")) {
 """
 
 
-def page(text: Text, figures: Sequence[Figure | Missing], out: Path) -> str:
-    """The whole file. ``out``: the folder that it will lie in, which links to run folders start from."""
+def page(text: Text, figures: Sequence[Figure | Missing], out: Path, bundle: str) -> str:
+    """The whole file.
+
+    Args:
+        out: the folder that it will lie in, which links to run folders start from.
+        bundle: what draws the figures, see :func:`deq.report.script.bundle`.
+    """
     plots: Row = {}
     drawn = [_figure(figure, plots) if isinstance(figure, Figure) else _missing(figure) for figure in figures]
     tables = [_table(table, out) for table in text.main]
@@ -121,9 +124,6 @@ def page(text: Text, figures: Sequence[Figure | Missing], out: Path) -> str:
     links = "".join(f'<a href="#{key}">{_escape(title)}</a>' for key, title, _ in sections)
     # "</script>" inside the data would end the script.
     data = json.dumps(plots, allow_nan=False).replace("<", "\\u003c")
-    bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=SCHEMA).replace(
-        "</script", "<\\/script"
-    )
     night = "".join(f'.legend line[stroke="{light}"]{{stroke:{dark}}}' for light, dark in DARK.items())
     night = f"@media (prefers-color-scheme: dark) {{{night}}}"
     script = f"const NIGHT = {json.dumps(DARK)};{_SCRIPT}"

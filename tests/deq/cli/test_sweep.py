@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from deq.cli.sweep import GridSweeper, jobs_of, resumed_arguments
 from deq.records.errors import UserError
-from tests.test_train import ENVIRONMENT, ROOT, TINY, train
+from tests.test_train import ENVIRONMENT, ROOT, TINY, python_anew, train
 
 PARSER = OverridesParser.create()
 GRIDS = [{"seed": "0,1", "solver": "anderson", "window": "2,5"}, {"seed": "0,1", "solver": "forward"}]
@@ -244,7 +244,8 @@ def test_tuning_without_optuna_says_how_to_install_it(tmp_path: Path) -> None:
     # A package that hides the plugins that are installed.
     (tmp_path / "hydra_plugins").mkdir()
     (tmp_path / "hydra_plugins" / "__init__.py").touch()
-    run = train("experiment=tune", folder=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    run = python_anew(str(ROOT / "train.py"), "experiment=tune", folder=tmp_path, PYTHONPATH=path)
     assert run.returncode == 2
     assert "pip install -e '.[tune]'" in run.stderr
     assert run.stderr.count("\n") == 1

@@ -27,10 +27,21 @@ MOST_WORKERS = 8
 """Of pytest-xdist; each takes about 1 GB of memory."""
 
 
+LONGEST = (
+    *("tests/kernels/test_compiled.py", "tests/kernels/test_window.py", "tests/test_notebooks.py"),
+    *("tests/test_train.py", "tests/deq/layer/test_graphs.py", "tests/benchmarks/test_benchmarks.py"),
+    *("tests/test_static.py", "tests/kernels/test_order.py", "tests/deq/layer/test_tracing.py"),
+    *("tests/deq/layer/test_left_behind.py", "tests/deq/cli/test_sweep.py", "tests/deq/models/test_tutorial.py"),
+)
+"""Files of more than ten seconds each, the longest first: a worker takes one file after the other, in this order, and
+at the end none should wait for a long one."""
+
+
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     if not pluginmanager.hasplugin("xdist"):  # not installed, or left out: pyproject.toml's options then mean nothing
         for name in ("--numprocesses", "--dist"):
             parser.addoption(name)
+        parser.addoption("--no-loadscope-reorder", action="store_true")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -41,7 +52,8 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: "long" not in item.keywords)
+    order = {file: place for place, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA or ROCm device, and torch finds none")
         for item in items:

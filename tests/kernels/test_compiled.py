@@ -49,7 +49,7 @@ for kernel, window, target, dim in cases:
 Row = dict[str, Any]
 
 
-@pytest.fixture(scope="module", params=[pytest.param(kind, marks=pytest.mark.xdist_group(kind)) for kind in CASES])
+@pytest.fixture(scope="module", params=CASES)
 def rows(request: pytest.FixtureRequest) -> list[Row]:
     kind, adaptive = request.param.removesuffix(", adaptive"), request.param.endswith(", adaptive")
     state, of_row = kind.split()[0], "bf16" if "bf16 rows" in kind else kind

@@ -183,7 +183,7 @@ def test_a_killed_sweep_finishes_only_what_is_missing(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL) as process:
         second = sweep / "1_seed-1_solver-anderson"
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 200
         while not (second / "checkpoint.pt").exists() and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.002)
         os.kill(process.pid, signal.SIGKILL)

@@ -8,6 +8,8 @@ import os
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -15,12 +17,39 @@ if not torch.cuda.is_available():
     # Without a device Triton's interpreter runs the kernels; it is chosen when a kernel is defined, hence this early.
     os.environ["TRITON_INTERPRET"] = "1"
 
+import triton.language as tl
+from triton.runtime import interpreter
+
 from deq.kernels import BackendName
 
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where Triton kernels run in the tests: a device if there is one, else the CPU, interpreted."""
 
 BACKENDS: tuple[BackendName, ...] = ("torch", "native", "triton")
+
+
+def _prepare_once_a_launch() -> None:
+    """Triton's interpreter puts its own functions into Triton's language when a launch begins, and again at every call
+    of one function of a kernel by another, which is two fifths of its time. Once a launch for each module is enough."""
+    prepare, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    prepared: set[frozenset[str]] = set()
+
+    def prepare_once(function: Any) -> Any:
+        language = frozenset(one.__name__ for one in function.__globals__.values() if one is tl or one is tl.core)
+        if language in prepared:
+            return None
+        prepared.add(language)
+        return prepare(function)
+
+    def begin(executor: Any, *arguments: Any, **options: Any) -> None:
+        prepared.clear()
+        launch(executor, *arguments, **options)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = prepare_once, begin
+
+
+if not torch.cuda.is_available() and hasattr(interpreter, "_patch_lang"):
+    _prepare_once_a_launch()
 
 
 MOST_WORKERS = 8

@@ -57,10 +57,11 @@ MOST_WORKERS = 8
 
 
 LONGEST = (
-    *("tests/kernels/test_compiled.py", "tests/kernels/test_window.py", "tests/test_notebooks.py"),
-    *("tests/test_train.py", "tests/deq/layer/test_graphs.py", "tests/benchmarks/test_benchmarks.py"),
-    *("tests/test_static.py", "tests/kernels/test_order.py", "tests/deq/layer/test_tracing.py"),
-    *("tests/deq/layer/test_left_behind.py", "tests/deq/cli/test_sweep.py", "tests/deq/models/test_tutorial.py"),
+    *("tests/kernels/test_compiled.py", "tests/test_train.py", "tests/kernels/test_window.py"),
+    *("tests/test_notebooks.py", "tests/benchmarks/test_benchmarks.py", "tests/deq/layer/test_graphs.py"),
+    *("tests/deq/cli/test_sweep.py", "tests/deq/layer/test_tracing.py", "tests/deq/solvers/test_coupled.py"),
+    *("tests/test_static.py", "tests/deq/layer/test_left_behind.py", "tests/deq/report/test_report.py"),
+    *("tests/deq/training/test_training.py", "tests/kernels/test_order.py", "tests/deq/layer/test_stability.py"),
 )
 """Files of more than ten seconds each, the longest first: a worker takes one file after the other, in this order, and
 at the end none should wait for a long one."""

@@ -38,8 +38,8 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 4e-2, to
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 
-# Triton's interpreter takes a hundred times as long as a backend for the CPU. What it runs are the branches of the
-# kernels (kernels/triton_backend.py), which these decide:
+# Triton's interpreter is far slower than a backend for the CPU. What it runs are the branches of the kernels
+# (kernels/triton_backend.py), which these decide:
 # - the window: 1; a power of two, for which the system has as many rows as the window; another, for which it has more;
 #   the largest of those that the other backends are all tried with;
 # - the size: a sample in one program or in several; never a multiple of what a program holds;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Tests and the processes that they start take one thread each: the networks are small, and there are several workers.
@@ -89,6 +90,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what there is before the first test is not looked through at every collection
 
 
 @pytest.fixture(autouse=True)

@@ -49,8 +49,12 @@ def small(temporary: Path) -> dict[str, str]:
     return {**os.environ, **caches, "NOTEBOOK_SMALL": "1", "TMPDIR": str(temporary)}
 
 
+CACHES = {"__pycache__", ".pytest_cache", ".hypothesis", ".mypy_cache", ".ruff_cache", ".import_linter_cache"}
+"""Of other tests, which may run at the same time."""
+
+
 def contents(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.name != "__pycache__"}
+    return {path.name for path in folder.iterdir()} - CACHES
 
 
 def test_these_are_all_notebooks() -> None:

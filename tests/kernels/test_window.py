@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,28 @@ BACKENDS = (*BACKEND_NAMES, TWO_LAUNCHES)
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+
+# Triton's interpreter is far slower than a backend for the CPU. What it runs are the branches of the kernels
+# (kernels/triton_backend.py), which these decide:
+# - the window: 1; a power of two, for which the system has as many rows as the window; another, for which it has more;
+#   the largest of those that the other backends are all tried with;
+# - the size: a sample in one program or in several; never a multiple of what a program holds;
+# - beta: 1 (UNDAMPED) or below.
+# Every value of one meets some value of the others, not each. On a device nothing is left out.
+INTERPRETED = not torch.cuda.is_available()
+few = settings(quick, max_examples=15) if INTERPRETED else quick
+
+
+def of_each_branch(names: str, everything: Iterable[Any], interpreted: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrizes by backend and ``names``: by everything, and Triton's interpreter by some."""
+    everything, interpreted = list(everything), list(interpreted)
+    assert set(interpreted) <= set(everything)
+    cases = [
+        (backend, *values)
+        for backend in BACKENDS
+        for values in (interpreted if INTERPRETED and backend.startswith("triton") else everything)
+    ]
+    return pytest.mark.parametrize(f"backend, {names}", cases)
 
 
 def device_of(backend: str) -> str:
@@ -96,9 +119,7 @@ def relative_error(got: Tensor, expected: Tensor, scale: Tensor) -> float:
     return float((got.double() - expected).abs().max() / scale.double().abs().max())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@quick
-@given(
+any_step = given(
     m=st.integers(1, 16),
     steps=st.integers(1, 20),
     batch=st.integers(1, 4),
@@ -108,7 +129,23 @@ def relative_error(got: Tensor, expected: Tensor, scale: Tensor) -> float:
     regularization=st.sampled_from(["scaled", "absolute"]),
     seed=st.integers(0, 1000),
 )
-def test_step_is_the_reference(
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@quick
+@any_step
+def test_step_is_the_reference(backend: str, **drawn: Any) -> None:
+    check_step(backend, **drawn)
+
+
+@pytest.mark.parametrize("backend", ["triton", TWO_LAUNCHES])
+@few
+@any_step
+def test_step_of_the_kernels_is_the_reference(backend: str, **drawn: Any) -> None:
+    check_step(backend, **drawn)
+
+
+def check_step(
     backend: str,
     m: int,
     steps: int,
@@ -137,12 +174,24 @@ def test_step_is_the_reference(
     torch.testing.assert_close(window.residual.cpu().double(), residual, rtol=TOLERANCE[dtype], atol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+more_rows_than_dimensions = given(m=st.integers(2, 16), dim=st.integers(1, 8), seed=st.integers(0, 1000))
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
 @quick
-@given(m=st.integers(2, 16), dim=st.integers(1, 8), seed=st.integers(0, 1000))
-def test_weights_are_as_good_as_optimal_when_there_are_more_rows_than_dimensions(
-    backend: str, m: int, dim: int, seed: int
-) -> None:
+@more_rows_than_dimensions
+def test_weights_are_as_good_as_optimal_when_there_are_more_rows_than_dimensions(backend: str, **drawn: Any) -> None:
+    check_weights(backend, **drawn)
+
+
+@pytest.mark.parametrize("backend", ["triton", TWO_LAUNCHES])
+@few
+@more_rows_than_dimensions
+def test_weights_of_the_kernels_are_as_good_as_optimal_then(backend: str, **drawn: Any) -> None:
+    check_weights(backend, **drawn)
+
+
+def check_weights(backend: str, m: int, dim: int, seed: int) -> None:
     # The minimiser is not unique here, so that weights cannot be compared: what they achieve can.
     X, F = random_sequence(m, 1, dim, seed=seed)
     window = make(backend, X, m)
@@ -154,15 +203,14 @@ def test_weights_are_as_good_as_optimal_when_there_are_more_rows_than_dimensions
     torch.testing.assert_close(window.weights.cpu().sum(dim=1), torch.ones(1), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_window_from_1_to_16_while_the_ring_fills_and_after(backend: str) -> None:
-    for m in range(1, 17):
-        X, F = random_sequence(m + 3, 1, 70, seed=m)
-        window = make(backend, X, m)
-        for k in range(1, m + 4):
-            x_next = window.step(X[k - 1].to(window.residual.device), F[k - 1].to(window.residual.device)).cpu()
-            expected = anderson_update(rows(X[:k], m), rows(F[:k], m))
-            assert relative_error(x_next, expected, F) < 1e-5, (m, k)
+@of_each_branch("m", [(m,) for m in range(1, 17)], [(1,), (2,), (3,), (8,), (16,)])
+def test_every_window_from_1_to_16_while_the_ring_fills_and_after(backend: str, m: int) -> None:
+    X, F = random_sequence(m + 3, 1, 70, seed=m)
+    window = make(backend, X, m)
+    for k in range(1, m + 4):
+        x_next = window.step(X[k - 1].to(window.residual.device), F[k - 1].to(window.residual.device)).cpu()
+        expected = anderson_update(rows(X[:k], m), rows(F[:k], m))
+        assert relative_error(x_next, expected, F) < 1e-5, k
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -820,10 +868,12 @@ def test_other_history_dtypes_are_refused(dtype: torch.dtype, history_dtype: tor
         AndersonWindow(2, 8, dtype=dtype, history_dtype=history_dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("m", [1, 2, 3, 7])
-@pytest.mark.parametrize("dim", [17, 2100])
-@pytest.mark.parametrize("beta", [1.0, 0.6])
+@of_each_branch(
+    "m, dim, beta",
+    itertools.product([1, 2, 3, 7], [17, 1030, 2100], [1.0, 0.6]),
+    # 7 with several programs a sample: rows are dropped, by which one program changes what the others read.
+    [(1, 17, 0.6), (2, 17, 0.6), (2, 1030, 1.0), (3, 17, 1.0), (3, 1030, 0.6), (7, 17, 0.6), (7, 1030, 1.0)],
+)
 def test_an_adaptive_window_is_the_reference(backend: str, m: int, dim: int, beta: float) -> None:
     generator = torch.Generator().manual_seed(m)
     slope = torch.rand(3, dim, generator=generator, dtype=torch.float64) * 1.8 - 0.9

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +17,7 @@ from omegaconf import OmegaConf
 
 from deq.cli.sweep import GridSweeper, jobs_of, resumed_arguments
 from deq.records.errors import UserError
-from tests.test_train import ENVIRONMENT, ROOT, TINY, train
+from tests.test_train import ROOT, TINY, python, python_anew, train
 
 PARSER = OverridesParser.create()
 GRIDS = [{"seed": "0,1", "solver": "anderson", "window": "2,5"}, {"seed": "0,1", "solver": "forward"}]
@@ -177,16 +174,31 @@ def states(folder: Path) -> dict[str, str]:
     return {file.parent.name: json.loads(file.read_text())["state"] for file in sorted(folder.glob("*/status.json"))}
 
 
+KILLED_IN_THE_SECOND_JOB = """
+import os, signal
+from pathlib import Path
+import train
+from deq.cli.command import launch
+from deq.training import checkpoint
+
+save = checkpoint.save
+
+def save_and_die(file, *content):
+    save(file, *content)
+    if file.parent.name.startswith("1_"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint.save = save_and_die
+launch(train.main, conf=Path(train.__file__).parent / "conf")
+"""
+
+
 def test_a_killed_sweep_finishes_only_what_is_missing(tmp_path: Path) -> None:
     swept = ["-m", "solver=anderson,forward", "seed=0,1", *TINY, "epochs=4", "max_steps=null", "hydra.sweep.dir=sweep"]
-    command = [sys.executable, str(ROOT / "train.py"), *swept]
+    killed = python("-c", KILLED_IN_THE_SECOND_JOB, *swept, folder=tmp_path)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     sweep = tmp_path / "sweep"
-    with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL) as process:
-        second = sweep / "1_seed-1_solver-anderson"
-        deadline = time.monotonic() + 120
-        while not (second / "checkpoint.pt").exists() and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
+    second = sweep / "1_seed-1_solver-anderson"
     planned = json.loads((sweep / "sweep.json").read_text())["jobs"]
     assert len(planned) == 4
     assert states(sweep) == {"0_seed-0_solver-anderson": "finished", "1_seed-1_solver-anderson": "running"}
@@ -244,7 +256,8 @@ def test_tuning_without_optuna_says_how_to_install_it(tmp_path: Path) -> None:
     # A package that hides the plugins that are installed.
     (tmp_path / "hydra_plugins").mkdir()
     (tmp_path / "hydra_plugins" / "__init__.py").touch()
-    run = train("experiment=tune", folder=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    run = python_anew(str(ROOT / "train.py"), "experiment=tune", folder=tmp_path, PYTHONPATH=path)
     assert run.returncode == 2
     assert "pip install -e '.[tune]'" in run.stderr
     assert run.stderr.count("\n") == 1

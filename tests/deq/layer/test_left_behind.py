@@ -15,7 +15,7 @@ from deq.layer import Gradient, Implicit, JacobianFree, Phantom, Unrolled, Varia
 from deq.solvers import Anderson, Broyden, Forward, Solver
 from tests.left_behind import hooks_of, live_tensors, resident_bytes
 
-STEPS = 150
+STEPS = 40
 GRADIENTS: dict[str, Callable[[Solver], Gradient]] = {
     "Implicit": Implicit,
     "JacobianFree": lambda solver: JacobianFree(),

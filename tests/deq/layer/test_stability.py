@@ -621,7 +621,7 @@ def test_a_dropout_that_draws_at_every_call_is_refused_in_training_mode(kind: ty
             return result
 
     x = torch.ones(2, 3, 4, 4)
-    with pytest.raises(ValueError, match=rf"its drop is a {kind.__name__} in training mode: use deq\.stability\.Varia"):
+    with pytest.raises(ValueError, match=rf"its drop is a {kind.__name__} in training mode: use deq\.layer\.Varia"):
         DEQ(Drawing())(x)
     DEQ(Drawing()).eval()(x)
     DEQ(Drawing(0.0))(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ def test_it_evaluates_the_cell_twice_more_than_its_solver_says() -> None:
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
 def test_a_classifier_with_a_solver_of_the_tutorial_has_its_layer_and_trains(solver: Solver, tmp_path: Path) -> None:
-    run = trainer(tmp_path, solver=solver, epochs=1)
+    run = trainer(tmp_path, solver=replace(solver, tol=1e-2, max_iter=30), epochs=1)  # type: ignore[type-var]
     assert isinstance(run.model.deq, TutorialDEQ)
     summary = run.run()
     assert 0 < summary["train/loss"] < 3

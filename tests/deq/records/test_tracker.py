@@ -219,7 +219,7 @@ def raises(*_: Any, **__: Any) -> None:
 
 
 def hangs(*_: Any, **__: Any) -> None:
-    time.sleep(20)
+    time.sleep(60)
 
 
 @pytest.mark.parametrize("misbehave", [raises, hangs])
@@ -230,7 +230,7 @@ def test_a_failing_wandb_is_one_warning_and_the_run_goes_on(
     put_in_place_of_init(monkeypatch, misbehave if broken == "init" else lambda **_: BrokenRun(broken, misbehave))
     start = time.monotonic()
     warnings = run_of_two_rows(tmp_path, WandbOptions(mode="offline", timeout=1))
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 40
     assert len(warnings) == 1
     assert warnings[0].startswith("W&B failed at")
     assert "\n" not in warnings[0]

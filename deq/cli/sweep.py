@@ -251,9 +251,10 @@ def _read(file: Path) -> Any:
 
 
 def resumed_arguments(arguments: Sequence[str]) -> list[str]:
-    """The command line that ``resume=SWEEP`` stands for: that of the sweep, in its folder.
+    """The command line that ``resume=`` stands for.
 
-    Any other command line is returned as it is.
+    Of a sweep: its own, in its folder. Of a run: its own knobs, and what is given beside ``resume=`` in the place of
+    those. Any other command line is returned as it is.
 
     Raises:
         UserError: the folder's own notes cannot be read, or something else is asked for.
@@ -283,4 +284,21 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
                     "another sweep"
                 )
             return ["--multirun", *before, f"hydra.sweep.dir={quoted(str(folder))}"]
+        if key == "resume":
+            return [*_knobs_before(folder, arguments), *arguments]
     return list(arguments)
+
+
+def _knobs_before(resumed: Path, arguments: Sequence[str]) -> list[str]:
+    """What the run in the folder ``resumed``, or of a checkpoint there, was given and is not given anew."""
+    folder = resumed if resumed.is_dir() else resumed.parent
+    try:
+        before = json.loads((folder / "status.json").read_text())["overrides"]
+        given = {_knob(one) for one in arguments}
+        return [one for one in before if _knob(one) not in given and not one.startswith(("resume=", "hydra."))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a checkpoint that was moved, another's file
+        return []
+
+
+def _knob(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")

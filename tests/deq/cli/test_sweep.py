@@ -170,6 +170,20 @@ def test_resume_of_a_sweep_is_its_own_command_line_again(tmp_path: Path) -> None
     assert resumed_arguments(["resume=runs/one", "epochs=2"]) == ["resume=runs/one", "epochs=2"]
 
 
+@pytest.mark.parametrize("place", [".", "checkpoint.pt"])
+def test_a_resumed_run_has_the_knobs_that_it_had_and_those_given_anew(place: str, tmp_path: Path) -> None:
+    before = ["solver=forward", "epochs=2", "+optim.optimizer.eps=1e-7", "resume=runs/zero", "hydra.run.dir=here"]
+    (tmp_path / "status.json").write_text(json.dumps({"state": "interrupted", "overrides": before}))
+    (tmp_path / "checkpoint.pt").touch()
+    resume = f"resume={tmp_path / place}"
+    kept = ["solver=forward", "+optim.optimizer.eps=1e-7"]
+    assert resumed_arguments([resume, "epochs=3"]) == [*kept, resume, "epochs=3"]
+    assert resumed_arguments([resume, "++epochs=3", "solver=anderson"])[:-3] == ["+optim.optimizer.eps=1e-7"]
+    for content in ("", "[]", '{"overrides": 3}', '{"overrides": [3]}'):
+        (tmp_path / "status.json").write_text(content)
+        assert resumed_arguments([resume]) == [resume]
+
+
 def states(folder: Path) -> dict[str, str]:
     return {file.parent.name: json.loads(file.read_text())["state"] for file in sorted(folder.glob("*/status.json"))}
 

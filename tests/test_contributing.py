@@ -12,11 +12,17 @@ from types import ModuleType
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
-from deq import DEQ, Implicit
+from deq import DEQ, Implicit, Phantom
+from deq.cli.build import build_model
+from deq.layer import Gradient
 from deq.measure.crossover import named
-from deq.solvers import Solver
+from deq.models import EquilibriumModel
+from deq.models.tutorial import TutorialAnderson
+from deq.records.errors import UserError
+from deq.solvers import Forward, Solver
 from tests.test_train import train
 
 SOLVER = '''
@@ -112,7 +118,8 @@ class Head(nn.Module):
         self.linear = nn.Linear(2 * channels, classes)
 
     def forward(self, z: dict[str, Tensor]) -> Tensor:
-        return self.linear(torch.cat([z["fine"].mean((2, 3)), z["coarse"].mean((2, 3))], dim=1))
+        logits: Tensor = self.linear(torch.cat([z["fine"].mean((2, 3)), z["coarse"].mean((2, 3))], dim=1))
+        return logits
 
 
 class TwoScaleClassifier(EquilibriumModel):
@@ -193,6 +200,74 @@ def test_a_model_of_two_scales_trains_and_is_measured_as_any_other(folder: Path,
     summary = json.loads((folder / "run/summary.json").read_text())
     assert {"speedup/forward_residual", "crossover/mixing_penalty", "energy/tflop", "test/accuracy"} <= summary.keys()
     assert summary["solver/forward_evaluations"] > 1
+
+
+HEAD = "        self.head = Head(channels, classes)\n"
+LAYER = "DEQ(TwoScaleCell(channels), solver=solver, gradient=gradient)"
+MAKE = "make its layer with DEQ(cell, solver=solver, gradient=gradient)"
+SLIPS = {
+    "no head": (HEAD, "", "has no head: make self.head, a module from z* to logits, in its __init__"),
+    "a function for a head": (
+        HEAD,
+        "        self.head = lambda z: z\n",
+        ".head is a function: make self.head, a module from z* to logits, in its __init__",
+    ),
+    "no layer": (f"        self.deq = {LAYER}\n", "", "has no deq: make self.deq = DEQ(cell, solver=solver, gradient"),
+    "the cell for a layer": (LAYER, "TwoScaleCell(channels)", ".deq is a TwoScaleCell: make self.deq = DEQ(cell, solv"),
+    "a function for a cell": (
+        "DEQ(TwoScaleCell(channels)",
+        "DEQ(TwoScaleCell(channels).forward",
+        "must be a torch.nn.Module, got a method",
+    ),
+    "a solver of its own": (
+        "solver=solver, ",
+        "",
+        f"has another solver (Anderson) than the command line asks for (Forward): {MAKE}",
+    ),
+    "a gradient of its own": (
+        ", gradient=gradient",
+        "",
+        f"has another gradient (Implicit) than the command line asks for (Phantom): {MAKE}",
+    ),
+}
+
+
+def built(text: str, solver: Solver, gradient: Gradient, **top: bool) -> EquilibriumModel:
+    """What ``train.py`` makes of a model in a file with this text."""
+    module = ModuleType("two_scale")
+    exec(text, vars(module))
+    sys.modules["two_scale"] = module
+    node = {"_target_": "two_scale.TwoScaleClassifier", "_partial_": True, "channels": 8}
+    config = OmegaConf.create({"model": node, "cuda_graph": False} | top)
+    return build_model(config, solver=solver, gradient=gradient, image_channels=1, image_size=8, classes=10)
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_model_that_would_not_train_as_it_is_asked_is_refused(slip: str) -> None:
+    right, wrong, sentence = SLIPS[slip]
+    assert right in MODEL
+    built(MODEL, Forward(), Phantom())
+    with pytest.raises(UserError) as refusal:
+        built(MODEL.replace(right, wrong), Forward(), Phantom())
+    assert "TwoScaleClassifier" in str(refusal.value)
+    assert sentence in str(refusal.value)
+
+
+def test_what_a_models_layer_does_not_take_up_is_refused() -> None:
+    with pytest.raises(UserError, match=r"cuda_graph=true does not reach the layer of TwoScaleClassifier: write"):
+        built(MODEL, Forward(), Phantom(), cuda_graph=True)
+    with pytest.raises(UserError, match=r"TutorialAnderson brings the tutorial's layer along, which TwoScaleClassif"):
+        built(MODEL, TutorialAnderson(), Implicit())
+
+
+def test_a_head_of_too_many_outputs_is_refused(folder: Path) -> None:
+    (folder / "two_scale.py").write_text(MODEL.replace("2 * channels, classes)", "2 * channels, classes + 3)"))
+    run = asked(folder, "model=two_scale")
+    assert (run.returncode, run.stderr) == (
+        2,
+        "error: the head of TwoScaleClassifier must return logits, (64, 10) here, got (64, 13): give its last layer as "
+        "many outputs as there are classes\n",
+    )
 
 
 def test_a_new_solvers_samples_stop_one_by_one_and_shrink_the_evaluations(solver: Solver) -> None:

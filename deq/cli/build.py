@@ -11,9 +11,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from deq.cli.mistakes import cannot_take
-from deq.layer import StabilityLosses
+from deq.layer import DEQ, Gradient, StabilityLosses
 from deq.models import EquilibriumModel
-from deq.models.tutorial import TutorialSolver
+from deq.models.tutorial import TutorialDEQ, TutorialSolver
 from deq.records.errors import UserError, first_line, in_yaml, values_of_the_user
 from deq.solvers import Solver
 
@@ -68,22 +68,56 @@ def _article(kind: type) -> str:
     return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
 
 
-def build_model(config: DictConfig, **given: Any) -> EquilibriumModel:
-    """What ``model`` describes. given: what train.py itself gives it.
+def build_model(config: DictConfig, *, solver: Solver, gradient: Gradient, **sizes: int) -> EquilibriumModel:
+    """What ``model`` describes. sizes: of the data, as ``__init__`` of the model names them.
 
     Raises:
-        UserError: a value that it does not take, or a ``_target_`` of the user's that makes something else.
+        UserError: a value that it does not take, a ``_target_`` of the user's that makes something else, or a model
+            that does not train as the command line says.
     """
     try:
         with values_of_the_user():
-            made = instantiate(config.model)(**given)
+            made = instantiate(config.model)(solver=solver, gradient=gradient, **sizes)
     except TypeError as error:
         raise UserError(cannot_take("model", error)) from error
     if not isinstance(made, EquilibriumModel):
         raise UserError(
             f"model._target_ must make an EquilibriumModel, got {_article(type(made))}; leave it out for the default"
         )
+    _hold_to_the_command_line(made, config, solver, gradient)
     return made
+
+
+def _hold_to_the_command_line(model: EquilibriumModel, config: DictConfig, solver: Solver, gradient: Gradient) -> None:
+    """Raises UserError for a model whose parts are not those that the command line asks for, or no parts of it."""
+    kind = type(model).__name__
+    for part, wanted, fix in (
+        ("deq", DEQ, "make self.deq = DEQ(cell, solver=solver, gradient=gradient) in its __init__"),
+        ("head", torch.nn.Module, "make self.head, a module from z* to logits, in its __init__"),
+    ):
+        there = getattr(model, part, None)
+        if not isinstance(there, wanted):
+            lacks = f"{kind} has no {part}" if there is None else f"{kind}.{part} is {_article(type(there))}"
+            raise UserError(f"{lacks}: {fix}")
+    layer = model.deq
+    if not isinstance(layer.cell, torch.nn.Module):
+        raise UserError(f"the cell of {kind} must be a torch.nn.Module, got {_article(type(layer.cell))}")
+    for name, asked, has in (("solver", solver, layer.solver), ("gradient", gradient, layer.gradient)):
+        if asked != has:
+            raise UserError(
+                f"{kind} has another {name} ({type(has).__name__}) than the command line asks for "
+                f"({type(asked).__name__}): make its layer with DEQ(cell, solver=solver, gradient=gradient)"
+            )
+    if isinstance(solver, TutorialSolver) and not isinstance(layer, TutorialDEQ):
+        raise UserError(
+            f"{type(solver).__name__} brings the tutorial's layer along, which {kind} does not have: use "
+            "solver=forward or anderson"
+        )
+    if config.cuda_graph and not layer.cuda_graph:
+        raise UserError(
+            f"cuda_graph=true does not reach the layer of {kind}: write cuda_graph: ${{cuda_graph}} into its YAML, and "
+            "give it to DEQ"
+        )
 
 
 def pick_device(name: Any) -> torch.device:

@@ -123,4 +123,7 @@ def _no_null_option(groups: Mapping[str, list[str]]) -> str:
 
 
 def cannot_take(node: str, error: TypeError) -> str:
-    return f"{node}._target_ cannot take the knobs of {node} ({first_line(error)}); leave it out for the default"
+    return (
+        f"{node}._target_ cannot take the knobs of {node} ({first_line(error)}); mend the value of a knob, or leave "
+        f"{node}._target_ out for the default"
+    )

@@ -84,7 +84,15 @@ def load(resume: str | Path, config: dict[str, Any]) -> tuple[dict[str, Any], li
     if not whole or content.get("format") != _FORMAT:
         raise UserError(f"resume={resume}: {file} was not written by this version's train.py")
     warnings = []
-    for key, then, now in differences(content["config"], config):
+    found = differences(content["config"], config)
+    # Another solver has other knobs: that it is another one is what a user did.
+    for key, then, now in sorted(found, key=lambda difference: not difference[0].endswith("_target_")):
+        if key.endswith("_target_"):
+            part = key.removesuffix("._target_")
+            raise UserError(
+                f"resume={resume}: {part} was {then} in the checkpoint and is {now} now; choose the same {part} to go "
+                "on with that run, or leave resume out to start anew"
+            )
         sentence = f"resume={resume}: {key} was {then} in the checkpoint and is {now} now"
         if key not in _WARNED:
             raise UserError(f"{sentence}; give {key}={then} to go on with that run, or leave resume out to start anew")

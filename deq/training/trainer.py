@@ -194,6 +194,7 @@ class Trainer:
         with self._autocast():
             equilibrium = self.model.equilibrium(images, corrections, z0) if penalised or corrections else None
             logits = self.model(images, z0) if equilibrium is None else self.model.head(equilibrium.z)
+            self._check_logits(logits, labels)
             loss = functional.cross_entropy(logits.float(), labels)
             objective = loss if equilibrium is None else loss + self._stability_loss(equilibrium, labels, penalised)
         self.optimizer.zero_grad(set_to_none=True)
@@ -206,6 +207,16 @@ class Trainer:
         if self._scaler.get_scale() >= scale:  # it falls where gradients overflowed and the optimizer did not step
             self._schedule.step()
         self.account.since_row.add(loss, logits, labels, self.model.deq, self._adjoint_solver)
+
+    def _check_logits(self, logits: Any, labels: Tensor) -> None:
+        """A head with more outputs than there are classes would train, and its accuracy would be another thing."""
+        wanted = (len(labels), len(self.batches.data.classes))
+        if not isinstance(logits, Tensor) or logits.shape != wanted:
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise UserError(
+                f"the head of {type(self.model).__name__} must return logits, {wanted} here, got {got}: give its last "
+                "layer as many outputs as there are classes"
+            )
 
     def _stability_loss(self, equilibrium: Equilibrium, labels: Tensor, penalised: bool) -> Tensor:
         """What the run's :class:`StabilityLosses` add to the loss of one step."""

@@ -16,6 +16,18 @@ CONFIG: dict[str, Any] = {"window": 5, "epochs": 3, "solver": {"window": 5, "bac
 STATE: dict[str, Any] = {"weights": {"w": torch.arange(3.0)}, "step": 7, "rows": [{"train/loss": 0.1}], "rng": None}
 
 
+def test_another_solver_is_named_before_the_knobs_that_it_has_not(tmp_path: Path) -> None:
+    then = {"adjoint": {"_target_": "deq.solvers.Forward"}, "solver": {"_target_": "deq.solvers.Forward", "beta": 1.0}}
+    now = {"adjoint": {"_target_": "deq.solvers.Forward"}, "solver": {"_target_": "deq.solvers.Anderson", "window": 5}}
+    checkpoint.save(tmp_path / checkpoint.FILE, {}, then)
+    with pytest.raises(UserError) as refusal:
+        checkpoint.load(tmp_path, now)
+    assert str(refusal.value) == (
+        f"resume={tmp_path}: solver was deq.solvers.Forward in the checkpoint and is deq.solvers.Anderson now; choose "
+        "the same solver to go on with that run, or leave resume out to start anew"
+    )
+
+
 def test_what_is_saved_is_loaded_to_the_bit(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / checkpoint.FILE, STATE, CONFIG)
     state, warnings = checkpoint.load(tmp_path, CONFIG)

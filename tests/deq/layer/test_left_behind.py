@@ -71,7 +71,7 @@ def test_training_steps_leave_no_tensor_and_no_hook_behind(
     tensors, hooks = live_tensors(), hooks_of(model)
     for _ in range(STEPS):
         step()
-    assert live_tensors() == tensors
+    assert live_tensors() <= tensors  # fewer where one of an earlier test went meanwhile
     assert hooks_of(model) == hooks == 0
     assert model[1].cell.dropout._masks is None  # type: ignore[union-attr,index]
 

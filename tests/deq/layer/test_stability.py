@@ -675,7 +675,7 @@ def test_a_thousand_training_steps_leave_nothing_behind() -> None:
     tensors, hooks, resident = live_tensors(), hooks_of(model), resident_bytes()
     for _ in range(1000):
         step()
-    assert live_tensors() == tensors
+    assert live_tensors() <= tensors  # fewer where one of an earlier test went meanwhile
     assert hooks_of(model) == hooks == 0
     assert cell.dropout._masks is None
     assert (

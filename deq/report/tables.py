@@ -103,7 +103,7 @@ def headline(comparison: Comparison) -> str:
     """The answer in one sentence, with the baseline's name in it."""
     best = comparison.best
     if best is None:
-        return "No run with Anderson extrapolation has been evaluated here, so there is no speedup to tell."
+        return "No run but those of baselines has been evaluated here, so there is no speedup to tell."
     if not best.against:
         accuracy = best.own["test_accuracy_best"]
         reached = f" reaches {percent(accuracy.median)} of the test set" if accuracy is not None else " was trained"
@@ -315,7 +315,7 @@ def paper_table(comparison: Comparison) -> Table | None:
     """The paper's figures beside those of this sweep's foremost arm."""
     best = comparison.best
     baseline = main_baseline(comparison)
-    if best is None or baseline is None:
+    if best is None or baseline is None or "Anderson" not in best.arm.solver:
         return None
     theirs = next(one for one in comparison.arms if one.arm is baseline)
     against = next(iter(best.against.values()), None)

@@ -382,6 +382,13 @@ def test_without_a_forward_arm_there_is_no_ratio(tmp_path: Path, capsys: pytest.
     assert not re.search(r"\d+\.\d+x", words(tmp_path) + capsys.readouterr().out)
 
 
+def test_another_solver_than_anderson_leads_where_no_anderson_ran(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path / f"{seed}_forward", config_of("Forward", seed), FORWARD[seed])
+        write_run(tmp_path / f"{2 + seed}_broyden", config_of("Broyden", seed), ANDERSON[seed])
+    assert "Broyden" in report_of(tmp_path)["headline"]
+
+
 def test_measured_joules_give_the_energy_saved_and_the_figure(tmp_path: Path) -> None:
     for kind, points, joules in (("Forward", FORWARD, [100, 200, 300]), ("Anderson", ANDERSON, [25, 50, 75])):
         extra = {"energy/train_cpu_joules": joules, "energy/test_cpu_joules": [1, 2, 3]}

@@ -21,6 +21,7 @@ from pathlib import Path
 from latex2mathml.converter import convert
 
 ROOT = Path(__file__).resolve().parent.parent
+MARK = ".built-by-docs-build"
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?(?: \"([^\"]*)\")?\)")
 CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", re.DOTALL)
@@ -37,17 +38,21 @@ LANGUAGES = {
 
 def main() -> None:
     site = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "site").resolve()
+    if site.exists() and not (site / MARK).is_file() and (not site.is_dir() or any(site.iterdir())):
+        sys.exit(f"{site} holds something else than an earlier site, which would be deleted: give another folder")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         gather(folder / "pages")
         for name in ("zensical.toml", "docs/docstrings.py"):
             shutil.copy(ROOT / name, folder)
         command = [sys.executable, "-m", "zensical", "build", "--strict"]
-        build = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        build = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": path}, check=False)
         if build.returncode:
             sys.exit(build.returncode)
         shutil.rmtree(site, ignore_errors=True)
         shutil.copytree(folder / "site", site)
+        (site / MARK).touch()
     print(f"open {site / 'index.html'}")
 
 
@@ -64,7 +69,7 @@ def gather(pages: Path) -> None:
         if isinstance(page, bytes):
             target.write_bytes(page)
         else:
-            target.write_text(page)
+            target.write_text(page, encoding="utf-8")
         waiting += linked - written
         written |= linked
 
@@ -80,7 +85,7 @@ def page_of(source: Path) -> Path:
 def as_page(source: Path, folder: Path) -> tuple[str | bytes, set[Path]]:
     """A file as the site shows it, and the files that it links to. Pictures of a notebook are written to ``folder``."""
     if source.suffix == ".md":
-        text = source.read_text()
+        text = source.read_text(encoding="utf-8")
         titled = text if re.search(r"^# ", text, re.MULTILINE) else f"# {source.stem}\n\n{text}"
         return with_links(titled, source)
     if source.suffix == ".ipynb":
@@ -88,7 +93,8 @@ def as_page(source: Path, folder: Path) -> tuple[str | bytes, set[Path]]:
     if source.suffix == ".py":
         return python(source), set()
     if source.suffix in LANGUAGES:
-        return f"# {source.relative_to(ROOT)}\n\n{fenced(source.read_text(), LANGUAGES[source.suffix])}", set()
+        shown = fenced(source.read_text(encoding="utf-8"), LANGUAGES[source.suffix])
+        return f"# {source.relative_to(ROOT)}\n\n{shown}", set()
     return source.read_bytes(), set()
 
 
@@ -114,7 +120,7 @@ def with_links(text: str, source: Path) -> tuple[str, set[Path]]:
 
 def python(source: Path) -> str:
     """A Python file with a heading above each function and class, which links can lead to."""
-    text = source.read_text()
+    text = source.read_text(encoding="utf-8")
     lines = text.splitlines(keepends=True)
     starts = [
         (min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1, node.name)
@@ -132,7 +138,7 @@ def notebook(source: Path, folder: Path) -> tuple[str, set[Path]]:
     """An executed notebook as Markdown: text with its formulas, code, and outputs with their pictures."""
     page: list[str] = []
     linked: set[Path] = set()
-    for cell in json.loads(source.read_text())["cells"]:
+    for cell in json.loads(source.read_text(encoding="utf-8"))["cells"]:
         text = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             text, links = with_links(with_formulas(text), source)

@@ -25,15 +25,15 @@ namespace {
 constexpr int64_t BLOCK = 2048;        // elements whose residual stays in the L1 cache while the rows pass by
 constexpr int64_t PIECE = 16 * BLOCK;  // elements of one unit of work where there are fewer samples than threads
 constexpr int64_t MAX_WINDOW = 64;
-constexpr uint8_t CONVERGED = 1, NON_FINITE = 2, DIVERGED = 3;  // kernels.state.Outcome
-enum { PREDICTED, RELAXATION, LOWEST, STALLED, HELD, CARRIED };              // kernels.state.Carried, and their number
+constexpr uint8_t CONVERGED = 1, NON_FINITE = 2, DIVERGED = 3;  // state.Outcome
+enum { PREDICTED, RELAXATION, LOWEST, STALLED, HELD, CARRIED };              // state.Carried, and their number
 constexpr int64_t CACHED = 64 << 20;   // bytes of history that caches may hold: above those of a desktop processor
 
 }  // namespace
 
 extern "C" {
 
-// Mirrors native_backend._Window, field by field. Pointers as in kernels.state.WindowState; H is double, the other
+// Mirrors native_backend._Window, field by field. Pointers as in state.WindowState; H is double, the other
 // floating-point fields are of the state's own type; G may be in bfloat16. stride: elements from one row of G or Y to
 // the next. row_bytes: of an element of G.
 struct Window {

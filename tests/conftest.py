@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 
 # Tests and the processes that they start take one thread each: the networks are small, and there are several workers.
@@ -18,9 +19,6 @@ if not torch.cuda.is_available():
     # Without a device Triton's interpreter runs the kernels; it is chosen when a kernel is defined, hence this early.
     os.environ["TRITON_INTERPRET"] = "1"
 
-import triton.language as tl
-from triton.runtime import interpreter
-
 from deq.kernels import BackendName
 
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,6 +30,11 @@ BACKENDS: tuple[BackendName, ...] = ("torch", "native", "triton")
 def _prepare_once_a_launch() -> None:
     """Triton's interpreter puts its own functions into Triton's language when a launch begins, and again at every call
     of one function of a kernel by another, which is two fifths of its time. Once a launch for each module is enough."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_patch_lang"):  # another release
+        return
     prepare, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     prepared: set[frozenset[str]] = set()
 
@@ -49,7 +52,7 @@ def _prepare_once_a_launch() -> None:
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = prepare_once, begin
 
 
-if not torch.cuda.is_available() and hasattr(interpreter, "_patch_lang"):
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     _prepare_once_a_launch()
 
 

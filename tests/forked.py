@@ -1,6 +1,7 @@
 """``python ARGUMENTS`` without the seconds that torch and Hydra take to import.
 
-Each command is a process of its own, forked from one that has them imported and has done nothing else. What Python
+Each command is a process of its own, forked from one that has them imported and has done nothing else: a test of what
+is imported must start anew. What Python
 reads before its first line is the same for all: PYTHONIOENCODING has no effect here.
 """
 

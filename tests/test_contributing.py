@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from benchmarks.problems import affine
 from deq import DEQ, Implicit, Phantom
 from deq.cli.build import build_model
 from deq.layer import Gradient
@@ -23,6 +25,10 @@ from deq.models import EquilibriumModel
 from deq.models.tutorial import TutorialAnderson
 from deq.records.errors import UserError
 from deq.solvers import Forward, Solver
+from deq.solvers.captured import CapturedSolve
+from deq.solvers.iteration import Books
+from tests.deq.layer.test_graphs import every_backend_can_be_recorded  # noqa: F401
+from tests.replay import ReplayingRecorder, triton_launches_are_recorded  # noqa: F401
 from tests.test_train import train
 
 SOLVER = '''
@@ -59,17 +65,21 @@ class HeavyBallIteration(Books):
     def __init__(self, x: Tensor, solver: HeavyBall) -> None:
         super().__init__(x, solver)
         self.beta, self.momentum = solver.beta, solver.momentum
-        self.evaluated = x.clone()
+        self.evaluated, self.velocity = x.clone(), torch.zeros_like(x)
 
     def step(self, x: Tensor, fx: Tensor, index: Tensor | None) -> Tensor:
         part = slice(None) if index is None else index
         frozen = self.enter(x, fx, index)
-        moved = x + self.beta * (fx - x) + self.momentum * (x - self.evaluated[part])
+        self.velocity[part] = self.beta * (fx - x) + self.momentum * self.velocity[part]
         self.evaluated[part] = x
-        return torch.where(frozen[:, None], x, moved, out=x)
+        return torch.where(frozen[:, None], x, x + self.velocity[part], out=x)
 
     def best(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.evaluated, self.residual
+
+    def reset(self) -> None:
+        super().reset()
+        self.velocity.zero_()
 '''
 
 CONFIG = """
@@ -289,6 +299,43 @@ def test_a_new_solvers_samples_stop_one_by_one_and_shrink_the_evaluations(solver
     compacted = replace(solver, compact=True).solve(lambda z: slopes * z + 1, start, restrict=restricted)  # type: ignore[arg-type]
     assert torch.equal(compacted.z, solution.z)
     assert 1 in sizes
+
+
+@pytest.mark.usefixtures("triton_launches_are_recorded", "every_backend_can_be_recorded")
+@pytest.mark.parametrize("whole", [True, False], ids=["whole solve", "by iterations"])
+def test_a_new_solvers_recorded_solve_is_the_solve_to_the_bit(solver: Solver, whole: bool) -> None:
+    f = affine(0.5, batch=3, dim=8).to(torch.float32, "cpu")
+    solver = replace(solver, tol=1e-3)
+    recorded = CapturedSolve(solver, f, f.zero, ReplayingRecorder(records_loops=whole))
+    for start in (f.zero, 100 * torch.randn(3, 8), f.zero):
+        expected, got = solver.solve(f, start), recorded(start)
+        assert torch.equal(got.z, expected.z)
+        assert torch.equal(got.residual, expected.residual)
+        assert got.evaluations == expected.evaluations
+
+
+def test_an_iteration_that_does_not_say_how_it_begins_is_not_recorded(
+    solver: Solver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type(solver.start(torch.zeros(1, 2)))
+    forgetful = type("Forgetful", (kind,), {"reset": Books.reset})
+    f = affine(0.5, batch=3, dim=8).to(torch.float32, "cpu")
+    monkeypatch.setattr(type(solver), "start", lambda self, x, *, in_place=False: forgetful(x, self))
+    with pytest.raises(ValueError, match=r"Forgetful does not say what a new"):
+        CapturedSolve(solver, f, f.zero, ReplayingRecorder(records_loops=False))
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_new_solver_takes_samples_that_see_each_other_as_one_system(solver: Solver, declared: bool) -> None:
+    A = (torch.diag(torch.ones(5), 1) + torch.diag(torch.ones(5), -1)) * 0.4  # nodes of a path
+    source = torch.zeros(6, 2)
+    source[0] = 1
+    known = contextlib.nullcontext() if declared else pytest.warns(RuntimeWarning, match="see each other")
+    with known:
+        solution = replace(solver, tol=1e-3).solve(lambda z: A @ z + source, torch.zeros(6, 2), coupled=declared)
+    exact = torch.linalg.solve(torch.eye(6) - A, source)
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.z, exact, rtol=0.0, atol=2e-2)
 
 
 def test_a_new_solver_solves_both_equations_of_a_layer(solver: Solver) -> None:

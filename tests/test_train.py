@@ -524,9 +524,9 @@ launch(train.main, conf=Path(train.__file__).parent / "conf")
 
 
 def test_wandb_is_needed_only_where_it_is_asked_for(tmp_path: Path) -> None:
-    without = python("-c", WITHOUT_WANDB, *TINY, "logger=none", "hydra.run.dir=none", folder=tmp_path)
+    without = python_anew("-c", WITHOUT_WANDB, *TINY, "logger=none", "hydra.run.dir=none", folder=tmp_path)
     assert (without.returncode, without.stderr) == (0, "")
-    asked = python("-c", WITHOUT_WANDB, *TINY, "logger=wandb", "hydra.run.dir=asked", folder=tmp_path)
+    asked = python_anew("-c", WITHOUT_WANDB, *TINY, "logger=wandb", "hydra.run.dir=asked", folder=tmp_path)
     assert asked.returncode == 0
     assert asked.stderr.startswith("warning: W&B failed at start (")
     assert asked.stderr.count("\n") == 1

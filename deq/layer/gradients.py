@@ -339,7 +339,10 @@ def _refuse_products_that_change(f_z: Tensor, z: Tensor) -> None:
     product = adjoint_map(f_z, z, torch.zeros_like(f_z))
     u = torch.arange(f_z.numel(), device=f_z.device, dtype=torch.float64).cos().to(f_z.dtype).view_as(f_z)
     first, second = product(u), product(u)
-    if not (second - first).norm() <= torch.finfo(f_z.dtype).eps ** 0.5 * first.norm() and first.isfinite().all():
+    size = first.norm()
+    if not size.isfinite() or size == 0:  # says nothing: weights of zero, or a step that is lost; look the next time
+        return
+    if not (second - first).norm() <= torch.finfo(f_z.dtype).eps ** 0.5 * size:
         raise RuntimeError(
             "the compiled cell gives another product J^T u when it is asked for the same one again, so that gradients "
             "would be wrong: compile it with dynamic=False, or call torch.compiler.reset() and give it z of one layout"

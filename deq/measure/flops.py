@@ -42,7 +42,7 @@ class CellFlops:
         """
         parameter = next(cell.parameters())
         leaves, skeleton = flatten(state, "state")
-        z, x = ([torch.zeros_like(leaf, dtype=parameter.dtype).requires_grad_() for leaf in leaves] for _ in range(2))
+        z, x = ([torch.zeros_like(leaf).requires_grad_() for leaf in leaves] for _ in range(2))
         weights = [weight for weight in cell.parameters() if weight.requires_grad]
         with (
             torch.random.fork_rng(_cuda_devices(parameter)),

@@ -24,6 +24,12 @@ class ResidualCell(nn.Module):
             map a contraction, so that the first solves converge (the tutorial's 0.01).
 
     Source: Kolter, Duvenaud & Johnson, Deep Implicit Layers tutorial, chapter 4 (``ResNetLayer``).
+
+    Example:
+        >>> import torch
+        >>> cell = ResidualCell(channels=16, inner=8)
+        >>> cell(torch.zeros(4, 16, 6, 6), torch.randn(4, 16, 6, 6)).shape
+        torch.Size([4, 16, 6, 6])
     """
 
     def __init__(self, channels: int, inner: int, groups: int = 8, init_std: float = 0.01) -> None:
@@ -60,6 +66,14 @@ class EquilibriumClassifier(EquilibriumModel):
 
     Raises:
         ValueError: a size that does not fit, with its value, its limit and what to change.
+
+    Example:
+        >>> import torch
+        >>> from deq.solvers import Anderson
+        >>> sizes = {"image_channels": 1, "image_size": 8, "classes": 10, "channels": 16, "inner": 16}
+        >>> model = EquilibriumClassifier(**sizes, solver=Anderson(tol=1e-2), gradient=Implicit())
+        >>> model(torch.randn(4, 1, 8, 8)).shape
+        torch.Size([4, 10])
     """
 
     def __init__(

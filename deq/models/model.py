@@ -22,6 +22,20 @@ class EquilibriumModel(nn.Module):
 
     ``train.py`` gives ``__init__`` the keywords ``image_channels``, ``image_size`` (pixels), ``classes``, ``solver``
     and ``gradient``, beside the knobs of its YAML.
+
+    Example:
+        >>> import torch
+        >>> class Model(EquilibriumModel):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.deq = DEQ(ResidualCell(channels=8, inner=8))
+        ...         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+        ...
+        ...     def inject(self, images):
+        ...         return images.expand(-1, 8, -1, -1)
+        >>> from deq.models import ResidualCell
+        >>> Model()(torch.randn(4, 1, 6, 6)).shape
+        torch.Size([4, 10])
     """
 
     deq: DEQ

@@ -87,7 +87,7 @@ def _report(folder: Path, out: Path, target: float | None) -> int:
                 else:
                     picture.unlink(missing_ok=True)  # of an earlier report, which this one has no data for
             _write(out / "report.json", json.dumps(record(comparison, text, out), indent=2, allow_nan=False) + "\n")
-            _write(out / "report.html", page(text, figures, out, script.result()))
+            _write(out / "report.html", page(text, figures, out, script()))
         except OSError as error:
             raise UserError(f"{out} cannot be written ({error.strerror}); give another folder with --out") from error
     _print(comparison, text, out)

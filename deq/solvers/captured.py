@@ -21,7 +21,7 @@ from torch import Tensor
 from deq.kernels.state import on_device
 
 from .batch import Log, Look, conclude
-from .iteration import MovingSamples
+from .iteration import Books, MovingSamples
 from .map import FixedPointMap, evaluate
 from .solution import Solution
 
@@ -145,6 +145,12 @@ class CapturedSolve:
         self._solver, self._f, self._shape, self._again = solver, f, z0.shape, again
         self._x = z0.reshape(len(z0), -1).clone(memory_format=torch.contiguous_format)
         self._iteration, self._evaluated = solver.start(self._x, in_place=True), torch.empty_like(self._x)
+        kind = type(self._iteration)
+        if issubclass(kind, Books) and kind.reset is Books.reset:
+            raise ValueError(
+                f"{kind.__name__} does not say what a new solve begins with, which a recorded one needs: write "
+                "reset(), which calls super().reset(), or use cuda_graph=False"
+            )
         self._count = torch.zeros((), dtype=torch.int64, device=z0.device)
         self._going = torch.ones((), dtype=torch.bool, device=z0.device)
         self._replay_solve: Work | None = None

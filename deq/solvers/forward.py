@@ -68,6 +68,9 @@ class _ForwardIteration(Books):
         self._evaluated = x
         return x_next
 
+    def reset(self) -> None:
+        super().reset()  # what was evaluated is written over by the first step
+
     def best(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # Samples that were left out are frozen, at the iterate that they were last evaluated at.
         z = self._evaluated if self._index is None else x.index_copy(0, self._index, self._evaluated)

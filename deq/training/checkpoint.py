@@ -11,7 +11,7 @@ from deq.records.errors import UserError, room_for
 from deq.records.files import write_atomically
 
 FILE = "checkpoint.pt"
-_FORMAT = 4
+_FORMAT = 5
 
 # What may differ between a checkpoint and the run that goes on from it without a word …
 _FREE = (

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-MODULES = ("deq", "deq.solvers", "deq.layer", "deq.kernels")
+MODULES = ("deq", "deq.solvers", "deq.layer", "deq.layer.gradients", "deq.layer.stability", "deq.models", "deq.kernels")
 
 
 def public(module: str) -> dict[str, Any]:

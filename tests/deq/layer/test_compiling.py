@@ -56,8 +56,10 @@ def test_a_compiled_cell_may_meet_several_batch_sizes(compact: bool) -> None:
             torch.testing.assert_close(got.grad, expected.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_a_cell_compiled_again_for_other_strides_has_right_gradients_or_is_refused() -> None:
+@pytest.mark.parametrize("first_weights", ["as they are", "zero", "NaN"])
+def test_a_cell_compiled_again_for_other_strides_has_right_gradients_or_is_refused(first_weights: str) -> None:
     # PyTorch 2.14 writes over what it has recorded then: gradients were wrong by 13 to 23 %, and nothing said so.
+    # A step with weights of zero, or one that is lost, says nothing about the steps after it.
     torch._dynamo.reset()
     cell, x = Cell(), torch.randn(4, 8)
     compiled, fixed = copy.deepcopy(cell), copy.deepcopy(cell)
@@ -74,6 +76,16 @@ def test_a_cell_compiled_again_for_other_strides_has_right_gradients_or_is_refus
             one(torch.zeros(4, 6, 8)[:, 0], x)
     expected = gradients(cell)
     for other in (compiled, fixed):
+        if first_weights != "as they are":
+            kept = [parameter.detach().clone() for parameter in other.parameters()]
+            with torch.no_grad():
+                for parameter in other.parameters():
+                    parameter.fill_(0.0 if first_weights == "zero" else torch.nan)
+            DEQ(other, solver=Anderson(tol=1e-6))(x).square().sum().backward()
+            with torch.no_grad():
+                for parameter, value in zip(other.parameters(), kept, strict=True):
+                    parameter.copy_(value)
+                    parameter.grad = None
         refusal = ""
         got = expected
         try:

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -180,9 +179,7 @@ def report_of(folder: Path, *arguments: str, draw: bool = False) -> dict[str, An
     with contextlib.ExitStack() as stack:
         if not draw:
             stack.enter_context(mock.patch.object(Figure, "save", lambda figure, path: path.touch()))
-            nothing: Future[str] = Future()
-            nothing.set_result("")
-            making = contextlib.nullcontext(nothing)
+            making = contextlib.nullcontext(lambda: "")
             stack.enter_context(mock.patch("deq.report.__main__.in_the_making", return_value=making))
         assert main([str(folder), *arguments]) == 0
     content: dict[str, Any] = json.loads((folder / "report" / "report.json").read_text())

@@ -261,7 +261,9 @@ def test_warm_starts_change_nothing_in_the_first_epoch_and_save_evaluations_in_t
     for row, other in zip(warm.tracker.rows[1:], cold.tracker.rows[1:], strict=True):
         assert row["solver/forward_evaluations"] < other["solver/forward_evaluations"]
         assert row["solver/forward_residual"] <= SOLVER.tol
-    assert warm.last_evaluation["test/loss"] == pytest.approx(cold.last_evaluation["test/loss"], rel=0.02)
+    assert warm.account.last_evaluation["test/loss"] == pytest.approx(
+        cold.account.last_evaluation["test/loss"], rel=0.02
+    )
 
 
 def test_a_checkpoint_without_starts_is_refused_by_a_run_with_them(tmp_path: Path) -> None:
@@ -287,7 +289,7 @@ def test_max_steps_ends_the_run_with_an_evaluation_and_the_rest_can_be_resumed(t
     assert longer.position.step == 15
     whole = trainer(tmp_path / "whole", schedule="constant")
     whole.run()
-    assert longer.last_evaluation["test/loss"] == whole.last_evaluation["test/loss"]
+    assert longer.account.last_evaluation["test/loss"] == whole.account.last_evaluation["test/loss"]
 
 
 def test_a_checkpoint_beyond_the_last_step_is_refused_instead_of_trained_on_for_ever(tmp_path: Path) -> None:

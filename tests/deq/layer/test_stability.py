@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,29 +30,9 @@ from deq.layer import (
 from deq.models import EquilibriumClassifier
 from deq.solvers import Anderson, Broyden, Forward, Solver, captured
 from deq.solvers.map import FixedPointMap
+from tests.deq.layer.test_gradients import Cell
 from tests.left_behind import hooks_of, live_tensors, resident_bytes
 from tests.replay import ReplayingRecorder, triton_launches_are_recorded  # noqa: F401
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As fast for tensors this small, and much faster on a machine that is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-class Cell(nn.Module):
-    """A smooth contraction: tanh(W z + x)."""
-
-    def __init__(self, dim: int = 6, contraction: float = 0.6, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        weight = torch.randn(dim, dim, dtype=dtype)
-        self.weight = nn.Parameter(weight * contraction / torch.linalg.matrix_norm(weight, 2))
-
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        return torch.tanh(z @ self.weight + x)
 
 
 def jacobians(f: FixedPointMap, z: Tensor) -> Tensor:

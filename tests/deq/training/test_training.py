@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,6 @@ from deq.solvers import Anderson, Solver
 from deq.training.display import Display
 from deq.training.interrupt import Interrupted
 from deq.training.trainer import Trainer
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As fast for networks this small, and much faster on a machine that is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 SOLVER = Anderson(window=3, tol=1e-2, max_iter=20)
 STEPS_AN_EPOCH = 5

@@ -218,7 +218,7 @@ class Solver(ABC):
     def _iterate(self, z0: Tensor, restrict: Restrict | None, log: Log) -> Solution:
         x = z0.reshape(len(z0), -1).clone(memory_format=torch.contiguous_format)
         x_all, index, part, evaluated = x, None, None, None
-        iteration = self.start(x)
+        iteration = self.start(x)  # of Anderson: around an AndersonWindow, kernels/window.py
         moving = MovingSamples(len(z0), x.device)
         left, look_at = len(z0), _FIRST_LOOK
         while True:
